@@ -1,0 +1,142 @@
+"""The command line: `distributed-unlearn run | demo | plan | check curvature`.
+
+Exit codes: 0 done; 1 a bug of ours (with traceback); 2 wrong usage; 3 configuration; 4 data; 5 model;
+6 resources; 7 numerics; 8 a worker failed; 9 a check failed; 130 interrupted; 143 terminated.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from distributed_unlearn import __version__
+from distributed_unlearn.config import ClusterConfig, load_job, parse_cluster
+from distributed_unlearn.errors import UserError, WorkerError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distributed-unlearn", description="Make a Hugging Face checkpoint forget records, and prove it."
+    )
+    parser.add_argument("--version", action="version", version=f"distributed-unlearn {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("run", "run a job: unlearn, or train where it has a train section"),
+        ("plan", "validate a job and estimate what it needs, without touching the weights"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("job", type=Path, help="job file (YAML)")
+        command.add_argument("overrides", nargs="*", help="section.key=value")
+    _add_demo(commands)
+    _add_check(commands)
+    return parser
+
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    demo = commands.add_parser("demo", help="fictitious people: train, forget three of them, compare")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"))
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--num-workers", type=int, default=2)
+    demo.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3)
+    demo.add_argument("--address", default=None, help="Ray address; default: the surrounding job's, else a local Ray")
+    demo.add_argument("--short", action="store_true", help="a much smaller run of the same path (about a minute)")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in the output folder")
+
+
+def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    check = commands.add_parser("check", help="check numerics").add_subparsers(dest="check", required=True)
+    curvature = check.add_parser("curvature", help="compare sharded products with an unsharded float64 reference")
+    curvature.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    curvature.add_argument("--num-workers", type=int, default=2)
+    curvature.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3)
+    curvature.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
+    curvature.add_argument("--mode", choices=("recompute", "cached"), default="recompute")
+    curvature.add_argument("--product", choices=("hessian", "gauss_newton"), default="hessian")
+    references = ("auto", "double_backward", "central_difference")
+    curvature.add_argument("--reference", choices=references, default="auto")
+    curvature.add_argument("--batch-size", type=int, default=4)
+    curvature.add_argument("--sequence-length", type=int, default=32)
+    curvature.add_argument("--seed", type=int, default=0)
+    curvature.add_argument("--backend", choices=("ray", "in_process"), default="ray")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _dispatch(arguments: argparse.Namespace, console: Console) -> None:
+    # Each command is imported when it is asked for: torch, Ray and DeepSpeed take seconds to import.
+    if arguments.command in ("run", "plan"):
+        job = load_job(arguments.job, arguments.overrides)
+        if arguments.command == "plan":
+            from distributed_unlearn.commands.plan import run_plan
+
+            run_plan(job, console)
+        elif job.train is not None:
+            from distributed_unlearn.commands.train import run_training_job
+
+            run_training_job(job, console)
+        else:
+            from distributed_unlearn.commands.unlearn import run_unlearning
+
+            run_unlearning(job, console)
+    elif arguments.command == "demo":
+        from distributed_unlearn.demo.run import run_demo
+        from distributed_unlearn.demo.settings import demo_settings
+
+        cluster, settings = _cluster(arguments, arguments.address), demo_settings(arguments.seed, arguments.short)
+        run_demo(settings, cluster, arguments.output, arguments.overwrite, console)
+    else:
+        from distributed_unlearn.commands.check import run_curvature_check
+        from distributed_unlearn.engine.check import CurvatureCheck
+
+        check = CurvatureCheck(
+            batch_size=arguments.batch_size,
+            sequence_length=arguments.sequence_length,
+            seed=arguments.seed,
+            product=arguments.product,
+            mode=arguments.mode,
+            reference=arguments.reference,
+        )
+        run_curvature_check(arguments.model, arguments.dtype, _cluster(arguments, None), check, console)
+
+
+def _cluster(arguments: argparse.Namespace, address: str | None) -> ClusterConfig:
+    return parse_cluster(
+        {
+            "num_workers": arguments.num_workers,
+            "zero_stage": arguments.zero_stage,
+            "address": address,
+            "backend": getattr(arguments, "backend", "ray"),
+        }
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    console, errors = Console(), Console(stderr=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _terminate)  # so that workers end and staging folders vanish
+    try:
+        _dispatch(arguments, console)
+    except UserError as error:
+        if isinstance(error, WorkerError) and error.worker_traceback:
+            errors.print(error.worker_traceback, markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"error ({error.kind}): got {error.got}", style="bold red", markup=False, soft_wrap=True)
+        errors.print(f"  expected: {error.expected}", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"  to fix it: {error.remedy}", markup=False, highlight=False, soft_wrap=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing was left half-written", highlight=False)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

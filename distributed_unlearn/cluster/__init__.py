@@ -1,0 +1,1 @@
+"""Driver and workers: the only importer of ray."""

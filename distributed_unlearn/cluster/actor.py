@@ -1,0 +1,65 @@
+"""The Ray actor of one rank: the engine's worker behind two methods, and a heartbeat beside it."""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from distributed_unlearn.engine.worker import Worker
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an actor landed; ranks are assigned by node, then GPU."""
+
+    node_id: str
+    gpu_ids: tuple[int, ...]
+    address: str
+    process_id: int
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What an actor answers while a call is running."""
+
+    call_index: int
+    method: str | None
+    running_seconds: float
+
+
+# Ray's type stubs do not know concurrency groups.
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"heartbeat": 1})  # type: ignore[call-overload]
+class RankActor:
+    """One rank. A collective must never be replayed, so neither the actor nor its calls are retried."""
+
+    def __init__(self, num_threads: int) -> None:
+        # Before DeepSpeed looks for an accelerator: without a GPU it must not guess.
+        if not ray.get_gpu_ids():
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        self._worker = Worker(num_threads)
+        self._call_index, self._started = 0, time.monotonic()
+        self._method: str | None = None
+
+    def placement(self) -> Placement:
+        """Node, GPUs, address and process id."""
+        context = ray.get_runtime_context()
+        gpus = tuple(int(index) for index in ray.get_gpu_ids())
+        address = ray.util.get_node_ip_address()
+        return Placement(context.get_node_id(), gpus, address or socket.gethostname(), os.getpid())
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """A method of the worker."""
+        self._call_index += 1
+        self._method, self._started = method, time.monotonic()
+        try:
+            return getattr(self._worker, method)(*arguments)
+        finally:
+            self._method = None
+
+    @ray.method(concurrency_group="heartbeat")
+    def heartbeat(self) -> Heartbeat:
+        """Answered in a thread of its own, also while a collective blocks the main one."""
+        return Heartbeat(self._call_index, self._method, time.monotonic() - self._started)

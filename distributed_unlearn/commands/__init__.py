@@ -1,0 +1,1 @@
+"""The commands of the command line: each composes configuration, data, workers, rounds and reports."""

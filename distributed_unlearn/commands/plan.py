@@ -1,0 +1,98 @@
+"""`plan`: validate a job, resolve its data and say what it will need, without touching the weights."""
+
+import torch
+from rich.console import Console
+
+from distributed_unlearn.commands.unlearn import describe_data, prepare_job
+from distributed_unlearn.config import JobConfig
+from distributed_unlearn.data.prepare import PreparedData, load_model_config, prepare_data
+from distributed_unlearn.data.sampling import num_micro_batches
+from distributed_unlearn.engine.estimate import (
+    MemoryEstimate,
+    ModelSize,
+    elements_per_gradient,
+    elements_per_product,
+    estimate_memory,
+    measure_model,
+)
+from distributed_unlearn.report.tables import plan_table
+
+Row = tuple[str, str, str]
+
+
+def run_plan(job: JobConfig, console: Console) -> None:
+    """Print the estimate; every mistake that `run` would refuse before loading weights is refused here too."""
+    if job.train is not None:
+        prepared = prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
+    else:
+        prepared = prepare_job(job)
+    hf_config = load_model_config(job.model)
+    cluster = job.cluster
+    size = measure_model(hf_config, job.model.trainable, cluster.num_workers, cluster.zero_stage)
+    dtype: torch.dtype = getattr(torch, job.model.dtype)
+    memory = estimate_memory(
+        size,
+        hf_config,
+        dtype,
+        cluster.zero_stage,
+        _num_vectors(job),
+        job.curvature.micro_batch_size,
+        prepared.report.longest,
+    )
+    console.print(describe_data(prepared), markup=False, highlight=False)
+    if size.fallback_reason is not None:
+        console.print(f"warning: the whole model is one segment: {size.fallback_reason}", style="yellow")
+    console.print(plan_table([*_model_rows(size, job), *_memory_rows(memory), *_round_rows(size, job, prepared)]))
+    console.print("the job is valid; nothing was loaded or written", highlight=False)
+
+
+def _num_vectors(job: JobConfig) -> int:
+    if job.solver.method == "adamw":
+        return 3  # gradient and two moments
+    if job.solver.method == "sgd":
+        return 1
+    basis = job.solver.max_krylov_steps + 1 if job.solver.inner == "krylov" else 2
+    return basis + 4  # gradient, work vector, update, undo copy
+
+
+def _model_rows(size: ModelSize, job: JobConfig) -> list[Row]:
+    segments = f"root {size.root_parameters:,}, block {size.largest_block_parameters:,}"
+    return [
+        ("parameters", f"{size.num_parameters:,}", f"{size.num_trainable:,} trainable"),
+        ("segments", f"{size.num_blocks + 1}", segments),
+        ("workers", f"{job.cluster.num_workers}", f"ZeRO stage {job.cluster.zero_stage}, {job.model.dtype}"),
+    ]
+
+
+def _memory_rows(memory: MemoryEstimate) -> list[Row]:
+    def gib(value: int) -> str:
+        return f"{value / 2**30:.3f} GiB"
+
+    return [
+        ("memory a rank", gib(memory.total), "estimate, recompute mode; cached mode adds what it measures"),
+        ("  weights", gib(memory.weights), "gathered from; fp32 master beside it where they differ"),
+        ("  vectors", gib(memory.vectors), "gradient, Krylov basis, undo copy; fp32, partitioned"),
+        ("  copies on the host", gib(memory.host_copies), "weights at the start of job and round"),
+        ("  gathered segments", gib(memory.gathered), "root and one block: weights, tangent, two results"),
+        ("  activations", gib(memory.activations), "one micro-batch"),
+    ]
+
+
+def _round_rows(size: ModelSize, job: JobConfig, prepared: PreparedData) -> list[Row]:
+    solver, world = job.solver, job.cluster.num_workers
+    per_product = solver.max_krylov_steps if solver.inner == "krylov" else solver.inner_steps + 1
+    products = 0 if solver.method != "scurenewton" else solver.max_steps * per_product
+
+    micro = job.curvature.micro_batch_size
+    gradients = num_micro_batches(solver.gradient_batch, world, micro)
+    gradient = gradients * elements_per_gradient(size, job.cluster.zero_stage, False)
+    products_batches = num_micro_batches(solver.curvature_batch, world, micro)
+    product = products_batches * elements_per_product(size, job.cluster.zero_stage, False)
+    total = (solver.max_steps * gradient + products * product) * getattr(torch, job.model.dtype).itemsize
+    rounds = max(len(prepared.partition.forget_rounds), 1)
+    return [
+        ("rounds", f"{rounds}", f"at most {solver.max_steps} steps each"),
+        ("products a round", f"at most {products}", f"{solver.curvature_batch} records each"),
+        ("communication a product", f"{product / max(size.num_trainable, 1):.2f} d", "elements a rank receives"),
+        ("communication a round", f"{total / 2**30:.3f} GiB", "a rank; gradients and products, recompute mode"),
+    ]

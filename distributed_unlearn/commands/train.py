@@ -1,0 +1,118 @@
+"""`run` on a job with a `train` section: fine-tune on the records, or train the retrained reference."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from distributed_unlearn.checkpoints import package_versions, refuse_existing, require_safetensors, write_json
+from distributed_unlearn.commands.job_record import finite, redacted_config
+from distributed_unlearn.commands.unlearn import describe_data
+from distributed_unlearn.commands.workers import open_group
+from distributed_unlearn.config import JobConfig
+from distributed_unlearn.data.prepare import prepare_data
+from distributed_unlearn.report.run_log import RunLog
+from distributed_unlearn.rounds.evaluate import evaluate_sets
+from distributed_unlearn.rounds.training import TrainingTask, run_training
+
+
+class TrainingProgress:
+    """A bar with the loss on a terminal, a line every tenth of the run elsewhere."""
+
+    def __init__(self, console: Console, description: str) -> None:
+        self._console, self._description = console, description
+        self._total = 0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def start(self, num_steps: int) -> None:
+        """The run has this many steps."""
+        self._total = num_steps
+        self._progress.start()
+        self._task = self._progress.add_task(self._description, total=num_steps, loss="-")
+
+    def update(self, step: int, loss: float) -> None:
+        """A step has ended."""
+        self._progress.update(self._task, completed=step + 1, loss=f"{loss:.4f}")
+        if not self._console.is_terminal and (step + 1) % max(1, self._total // 10) == 0:
+            text = f"{self._description} {step + 1}/{self._total}  loss {loss:.4f}"
+            self._console.print(text, markup=False, highlight=False)
+
+    def stop(self) -> None:
+        """The run has ended, well or not."""
+        self._progress.stop()
+
+
+def run_training_job(job: JobConfig, console: Console) -> None:
+    """Train, score and write the checkpoint.
+
+    Raises:
+        UserError: anything that the user can act on; nothing is left half-written.
+    """
+    assert job.train is not None
+    folder = Path(job.output)
+    refuse_existing(folder / "checkpoint", job.overwrite)
+    require_safetensors(job.model.path)
+    prepared = prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
+    console.print(describe_data(prepared), markup=False, highlight=False)
+    partition = prepared.partition
+    last = len(partition.forget_rounds) - 1
+    indices = partition.retain(last) if job.train.exclude_forget else partition.training
+    progress = TrainingProgress(console, "training")
+    with open_group(job.cluster) as group, RunLog(folder) as log:
+        group.call_all("set_corpus", group.share(prepared.corpus))
+
+        def on_step(step: int, loss: float) -> None:
+            progress.update(step, loss)
+            log.log("train", step, {"loss_nats_per_token": loss})
+
+        stage = job.cluster.zero_stage if job.train.zero_stage is None else job.train.zero_stage
+        try:
+            losses = run_training(
+                group,
+                TrainingTask(
+                    model=job.model,
+                    train=job.train,
+                    indices=indices,
+                    zero_stage=stage,
+                    micro_batch_size=job.curvature.micro_batch_size,
+                    seed=job.solver.seed,
+                    destination=folder / "checkpoint",
+                    save=job.save,
+                    overwrite=job.overwrite,
+                    on_start=progress.start,
+                    on_step=on_step,
+                ),
+            )
+        finally:
+            progress.stop()
+        sets = {"trained on": indices, "holdout": partition.holdout}
+        if len(partition.forget_rounds):
+            sets["forget"] = partition.forget_rounds[0]
+        scores, _ = evaluate_sets(group, sets, 2 * job.curvature.micro_batch_size)
+    record = {
+        "format": 1,
+        "config": redacted_config(job),
+        "versions": package_versions(),
+        "num_records": len(indices),
+        "num_steps": len(losses),
+        "last_loss_nats_per_token": losses[-1],
+        "scores": {name: asdict(value) for name, value in scores.items()},
+    }
+    write_json(folder / "record.json", finite(record))
+    for name, value in scores.items():
+        console.print(
+            f"{name}: loss {value.loss_nats_per_token:.4f} nats per token, exact memorisation "
+            f"{value.exact_memorisation:.4f} ({value.num_records} records)",
+            markup=False,
+            highlight=False,
+        )
+    console.print(f"checkpoint: {folder / 'checkpoint'}", markup=False, highlight=False, soft_wrap=True)

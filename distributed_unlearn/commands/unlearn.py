@@ -1,0 +1,204 @@
+"""`run` on a job that forgets: rounds on a worker group, the checkpoint, the record."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from distributed_unlearn.checkpoints import (
+    complete_folder,
+    model_card,
+    refuse_existing,
+    require_safetensors,
+)
+from distributed_unlearn.commands.job_record import (
+    SURVIVAL_WARNING_LEVEL,
+    card_lines,
+    write_pictures,
+    write_result_record,
+)
+from distributed_unlearn.commands.workers import open_group
+from distributed_unlearn.config import JobConfig
+from distributed_unlearn.data.prepare import PreparedData, prepare_data
+from distributed_unlearn.errors import ConfigError
+from distributed_unlearn.evaluation.metrics import tug_of_war
+from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
+from distributed_unlearn.report.progress import RoundProgress, stage
+from distributed_unlearn.report.run_log import RunLog
+from distributed_unlearn.report.tables import MethodRow, comparison_table
+from distributed_unlearn.rounds.evaluate import evaluate_sets
+from distributed_unlearn.rounds.group import WorkerGroup
+from distributed_unlearn.rounds.round import RoundTask, run_round
+
+
+def prepare_job(job: JobConfig) -> PreparedData:
+    """Everything that can be refused before a weight is loaded.
+
+    Raises:
+        ConfigError, DataError, ModelError: see the parts.
+    """
+    if not job.unlearns:
+        raise ConfigError("a job without forget, rounds or train", "one of them", "say what to forget or to train")
+    refuse_existing(Path(job.output) / "checkpoint", job.overwrite)
+    require_safetensors(job.model.path)
+    if job.retrained is not None:
+        require_safetensors(job.retrained)
+    return prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
+
+
+def describe_data(prepared: PreparedData) -> str:
+    """Counts of the partition, in one line."""
+    partition, report = prepared.partition, prepared.report
+    rounds = ", ".join(str(len(forget)) for forget in partition.forget_rounds)
+    text = (
+        f"records: {len(partition.training)} trained on, to forget {rounds or 'none'}, "
+        f"held out {len(partition.holdout)}, longest {report.longest} tokens"
+    )
+    if report.num_truncated or report.num_dropped:
+        text += f"; {report.num_truncated} truncated, {report.num_dropped} dropped"
+    return text
+
+
+def run_unlearning(job: JobConfig, console: Console) -> None:
+    """Run all rounds of a job and write its result.
+
+    Raises:
+        UserError: anything that the user can act on; nothing is left half-written.
+    """
+    prepared = prepare_job(job)
+    console.print(describe_data(prepared), markup=False, highlight=False)
+    folder = Path(job.output)
+    with open_group(job.cluster) as group, RunLog(folder) as log:
+        group.call_all("set_corpus", group.share(prepared.corpus))
+        reference = _score_reference(group, job, prepared, console)
+        with stage(console, f"loading {job.model.path} at ZeRO stage {job.cluster.zero_stage}"):
+            facts = group.call_all("open_model", job.model, job.model.dtype, job.cluster.zero_stage)[0]
+        if facts.segment_fallback is not None:
+            console.print(f"warning: the whole model is one segment: {facts.segment_fallback}", style="yellow")
+        log.log("model", 0, asdict(facts))
+        rounds = _run_rounds(group, job, prepared, reference, console, log)
+        mode = group.call_all("curvature_mode")[0]
+        with stage(console, "writing and reading back the checkpoint"):
+            survival = _write_checkpoint(group, job, rounds, folder)
+        log.log("surviving_update", 0, asdict(survival))
+    _warn_of_rounding(survival, console)
+    reference_json = None if reference is None else {name: asdict(scores) for name, scores in reference.items()}
+    write_result_record(
+        folder, job, prepared.corpus, prepared.partition, rounds, survival, mode, reference_json
+    )
+    rows = _rows(rounds, reference)
+    write_pictures(folder, f"Unlearning run {folder.name}", rounds, rows)
+    console.print(comparison_table(rows))
+    _print_end(console, folder, rounds, survival, mode)
+
+
+def _sets(prepared: PreparedData, round_index: int) -> dict[str, np.ndarray]:
+    partition = prepared.partition
+    return {
+        "forget": partition.forget_rounds[round_index],
+        "retain": partition.retain(round_index),
+        "holdout": partition.holdout,
+    }
+
+
+def _score_reference(
+    group: WorkerGroup, job: JobConfig, prepared: PreparedData, console: Console
+) -> dict[str, SetScores] | None:
+    """The retrained model's scores on the sets of the last round, if the job names one."""
+    if job.retrained is None:
+        return None
+    with stage(console, f"scoring the retrained reference {job.retrained}"):
+        model = job.model.model_copy(update={"path": job.retrained, "revision": None})
+        group.call_all("open_model", model, job.model.dtype, job.cluster.zero_stage)
+        last = len(prepared.partition.forget_rounds) - 1
+        return evaluate_sets(group, _sets(prepared, last), 2 * job.curvature.micro_batch_size)[0]
+
+
+def _run_rounds(
+    group: WorkerGroup,
+    job: JobConfig,
+    prepared: PreparedData,
+    reference: dict[str, SetScores] | None,
+    console: Console,
+    log: RunLog,
+) -> list[RoundRecord]:
+    rounds: list[RoundRecord] = []
+    num_rounds = len(prepared.partition.forget_rounds)
+    for index in range(num_rounds):
+        sets = _sets(prepared, index)
+        with RoundProgress(console, job.solver.max_steps, f"round {index + 1}/{num_rounds}") as progress:
+
+            def on_step(
+                record: StepRecord, extra: dict[str, float], progress: RoundProgress = progress, index: int = index
+            ) -> None:
+                progress.update(record, extra)
+                log.log(f"round_{index}/step", record.step, {**asdict(record), **extra})
+
+            record = run_round(
+                group,
+                RoundTask(
+                    round_index=index,
+                    forget=sets["forget"],
+                    retain=sets["retain"],
+                    holdout=sets["holdout"],
+                    objective=job.objective,
+                    solver=job.solver,
+                    curvature=job.curvature,
+                    earlier_forget=prepared.partition.forget_rounds[:index],
+                    max_evaluated_records=job.evaluation.max_records_per_set,
+                    on_step=on_step,
+                ),
+            )
+        if reference is not None and index == num_rounds - 1 and job.evaluation.max_records_per_set is None:
+            keys = tuple(name for name in ("forget", "retain", "holdout") if name in reference)
+            record = replace(record, tug_of_war=tug_of_war(record.after, reference, keys))
+        log.log("round", index, {k: v for k, v in asdict(record).items() if k != "steps"})
+        console.print(f"round {index + 1}: {record.stop_reason}", markup=False, highlight=False)
+        rounds.append(record)
+    return rounds
+
+
+def _write_checkpoint(group: WorkerGroup, job: JobConfig, rounds: Sequence[RoundRecord], folder: Path) -> Any:
+    with complete_folder(folder / "checkpoint", job.overwrite) as staging:
+        survival = group.call_all("export", str(staging.resolve()), job.model, job.save)[0]
+        (staging / "README.md").write_text(model_card(job.model.path, card_lines(rounds, survival)), encoding="utf-8")
+    return survival
+
+
+def _warn_of_rounding(survival: Any, console: Console) -> None:
+    if survival.projection < SURVIVAL_WARNING_LEVEL:
+        console.print(
+            f"WARNING: only {survival.projection:.1%} of the update survives the saved dtype {survival.dtype}: the "
+            "checkpoint on disk has not forgotten what the fp32 weights have. Set save.dtype=float32, or "
+            "save.fp32_master=true to keep the fp32 weights beside it.",
+            style="bold red",
+        )
+
+
+def _rows(rounds: Sequence[RoundRecord], reference: dict[str, SetScores] | None) -> list[MethodRow]:
+    rows = [MethodRow("before", rounds[-1].before, None, None, None)]
+    for record in rounds:
+        name = "after" if len(rounds) == 1 else f"after round {record.round_index + 1}"
+        rows.append(MethodRow(name, record.after, record.tug_of_war, record.wall_seconds, record.num_products))
+    if reference is not None:
+        rows.append(MethodRow("retrained", reference, 1.0, None, None))
+    return rows
+
+
+def _print_end(console: Console, folder: Path, rounds: Sequence[RoundRecord], survival: Any, mode: Any) -> None:
+    steps = sum(record.num_steps for record in rounds)
+    products = sum(record.num_products for record in rounds)
+    seconds = sum(record.wall_seconds for record in rounds)
+    kept = "first-order: none" if mode.cached is None else ("cached" if mode.cached else "recompute")
+    console.print(
+        f"{len(rounds)} round(s), {steps} steps, {products} curvature products ({kept}) in {seconds:.1f} s; "
+        f"{survival.projection:.1%} of the update survives {survival.dtype}",
+        markup=False,
+        highlight=False,
+    )
+    console.print(f"checkpoint: {folder / 'checkpoint'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"record:     {folder / 'record.json'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report:     {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,145 @@
+"""The model's own forward with every block cut out: what each segment saw, and the root's autograd graph.
+
+During the trace a block's `forward` is replaced by a function that evaluates the block without a graph and
+returns its output as a new leaf (a *cut*). What remains in the graph is the root: embeddings up to the first
+block, whatever glue there is between blocks (usually nothing), final norm, head and loss. The trace is the
+list of segments in forward order plus that root graph; `linearisation` runs it backwards.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from distributed_unlearn.errors import ModelError
+
+LossOfLogits = Callable[[Tensor], Tensor]
+"""Logits [B, T, V] -> this rank's share of the objective, a scalar."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block as the model made it, with everything but the hidden state and the weights bound."""
+
+    block: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_name: str | None
+    """Keyword of the hidden state, or None where it was the first positional argument."""
+
+    def run(self, weights: dict[str, Tensor], hidden: Tensor) -> Any:
+        """Everything the block returns at the given weights and hidden state."""
+        args = self.args if self.hidden_name else (hidden, *self.args)
+        kwargs = {**self.kwargs, self.hidden_name: hidden} if self.hidden_name else self.kwargs
+        with _forward_replaced(self.block, None):
+            return functional_call(self.block, weights, args, kwargs)
+
+
+@dataclass
+class Trace:
+    """One micro-batch: root leaves, and per block its call, input expression and cut."""
+
+    root_leaves: dict[str, Tensor]
+    """Root weights; trainable ones require grad."""
+    calls: list[BlockCall] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    """Block inputs as expressions in root leaves and earlier cuts (graph attached)."""
+    cuts: list[Tensor] = field(default_factory=list)
+    """Block outputs as leaves."""
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+
+
+BlockEvaluator = Callable[[int, BlockCall, Tensor], Any]
+"""(block index, call, hidden expression) -> everything the block returns, without a graph."""
+
+
+@contextmanager
+def _forward_replaced(block: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Set or (None) lift the instance's own `forward`; restored on exit."""
+    absent = object()
+    previous = block.__dict__.get("forward", absent)
+    if forward is None:
+        block.__dict__.pop("forward", None)
+    else:
+        block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if previous is absent:
+            block.__dict__.pop("forward", None)
+        else:
+            block.__dict__["forward"] = previous
+
+
+def _split_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BlockCall, Tensor]:
+    if args:
+        call, hidden = BlockCall(block, args[1:], kwargs, None), args[0]
+    else:
+        rest = dict(kwargs)
+        hidden = rest.pop("hidden_states", None)
+        call = BlockCall(block, (), rest, "hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise ModelError(
+            f"a block of type {type(block).__name__} called without a hidden state",
+            "the hidden state as first argument or as hidden_states",
+            "run this model as one segment (zero_stage 0 to 2)",
+        )
+    others = [*call.args, *call.kwargs.values()]
+    nested = [item for other in others for item in (other if isinstance(other, tuple | list) else (other,))]
+    if any(isinstance(item, Tensor) and item.requires_grad for item in nested):
+        raise ModelError(
+            f"a block of type {type(block).__name__} with several inputs that depend on the weights",
+            "blocks that depend on the weights through one hidden state",
+            "run this model as one segment (zero_stage 0 to 2)",
+        )
+    return call, hidden
+
+
+def trace_forward(
+    trace: Trace,
+    model: nn.Module,
+    blocks: tuple[nn.Module, ...],
+    inputs: dict[str, Any],
+    loss_of_logits: LossOfLogits,
+    evaluate_block: BlockEvaluator,
+) -> None:
+    """Run the model's forward once with all blocks cut, and fill `trace` on the way.
+
+    The root graph is kept; the blocks leave values only. All ranks must call this where `evaluate_block`
+    gathers.
+
+    Raises:
+        ModelError: a model that does not call every block once, in order, with one hidden state.
+    """
+
+    def replacement(block: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call, hidden = _split_call(block, args, kwargs)
+            index = len(trace.calls)
+            trace.calls.append(call)
+            trace.inputs.append(hidden)
+            output = evaluate_block(index, call, hidden)
+            first, rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
+            cut = first.detach().requires_grad_(torch.is_grad_enabled())
+            trace.cuts.append(cut)
+            return cut if rest is None else (cut, *rest)
+
+        return forward
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_forward_replaced(block, replacement(block)))
+        output = functional_call(model, trace.root_leaves, (), {**inputs, "use_cache": False}, tie_weights=True)
+        trace.logits = output.logits
+        trace.loss = loss_of_logits(output.logits)
+    if [id(call.block) for call in trace.calls] != [id(block) for block in blocks]:
+        raise ModelError(
+            f"{len(trace.calls)} block calls for {len(blocks)} blocks, or another order",
+            "a model that calls each block exactly once, in order",
+            "run this model as one segment (zero_stage 0 to 2)",
+        )

@@ -1,0 +1,1 @@
+"""Records, their tokens and the global minibatches drawn from them."""

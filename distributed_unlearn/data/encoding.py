@@ -1,0 +1,328 @@
+"""Records as tokens: one flat array for all of them, where each answer begins, and right-padded batches."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from distributed_unlearn.data.corpus import TextRecord
+from distributed_unlearn.errors import DataError, ModelError
+
+RECORDS_PER_CALL = 1024
+"""Records tokenised at once: bounds the memory of the offsets, which are far larger than the tokens."""
+SMALLEST_WIDTH = 8
+"""Width of the batch that stands for no records."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedCorpus:
+    """All records' tokens in one array, cheap to share without copies through an object store.
+
+    Record `i` owns `tokens[offsets[i]:offsets[i + 1]]`; its first `prompt_lengths[i]` tokens are given, the rest
+    is predicted. `prompt_lengths[i] >= 1` always, since nothing predicts a first token.
+    """
+
+    tokens: np.ndarray
+    """int32 [num_tokens]."""
+    offsets: np.ndarray
+    """int64 [num_records + 1]."""
+    prompt_lengths: np.ndarray
+    """int32 [num_records]."""
+    record_ids: tuple[str, ...]
+    subject_ids: tuple[str | None, ...]
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        assert len(self.offsets) == len(self.record_ids) + 1 == len(self.subject_ids) + 1
+        assert len(self.prompt_lengths) == len(self.record_ids) and self.offsets[-1] == len(self.tokens)
+
+    @property
+    def num_records(self) -> int:
+        """Number of records."""
+        return len(self.record_ids)
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens per record, prompt and answer: int64, the shape of `indices`."""
+        return self.offsets[indices + 1] - self.offsets[indices]
+
+    def num_answer_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """Predicted tokens per record, at least 1: int64, the shape of `indices`."""
+        return self.lengths(indices) - self.prompt_lengths[indices]
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What encoding did to the records."""
+
+    num_records: int
+    """Records kept."""
+    num_truncated: int
+    num_dropped: int
+    longest: int
+    """Tokens of the longest record, before truncation or dropping."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Right-padded records. `B` records, `T` positions."""
+
+    input_ids: torch.Tensor
+    """int64 [B, T]."""
+    attention_mask: torch.Tensor
+    """int64 [B, T]; from the lengths, so a pad token inside a record stays visible."""
+    answer_mask: torch.Tensor
+    """bool [B, T]; True at the positions `t >= 1` whose token is to be predicted from position `t - 1`."""
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    token_ids: list[int]
+    prompt_length: int
+
+
+def encode_records(
+    records: Sequence[TextRecord],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    too_long: Literal["refuse", "truncate", "drop"],
+    protected_ids: frozenset[str],
+) -> tuple[EncodedCorpus, EncodingReport]:
+    """Tokenise all records and find where each answer begins.
+
+    Prompt, one space and answer are tokenised in one call, as a model meets them; the answer's first token is the
+    first whose span of characters ends beyond the prompt, so a token merged across the border is predicted.
+    The tokenizer's own special tokens are added; its end-of-sequence token is appended where it has one and did
+    not add it itself. Chat records are rendered by the tokenizer's template, which brings its own special tokens.
+
+    Args:
+        records: All chat, or none chat; order is kept.
+        tokenizer: A fast tokenizer with a pad token.
+        max_length: Tokens per record, prompt and answer together.
+        too_long: `refuse` raises, `truncate` cuts the answer's end, `drop` leaves the record out.
+        protected_ids: Records that `drop` must not drop, i.e. those to be forgotten.
+
+    Returns:
+        The corpus and a report of counts.
+
+    Raises:
+        ModelError: no pad token, a tokenizer without character offsets, or an unusable chat template.
+        DataError: a record too long and not allowed to be, a record without any answer token, no record left.
+    """
+    pad_token_id = _pad_token(tokenizer)
+    encoded: list[_Encoded] = []
+    for start in range(0, len(records), RECORDS_PER_CALL):
+        encoded.extend(_tokenise(records[start : start + RECORDS_PER_CALL], tokenizer))
+    longest = max((len(item.token_ids) for item in encoded), default=0)
+    _refuse_empty_answers(records, encoded)
+    long = [index for index, item in enumerate(encoded) if len(item.token_ids) > max_length]
+    if long:
+        _check_too_long(records, encoded, long, max_length, too_long, protected_ids)
+    dropped = frozenset(long) if too_long == "drop" else frozenset()
+    kept = [index for index in range(len(records)) if index not in dropped]
+    if not kept:
+        raise DataError(f"no record left of {len(records)}", "at least one", "raise data.max_length or add records")
+    pieces = [encoded[index].token_ids[:max_length] for index in kept]
+    corpus = EncodedCorpus(
+        tokens=np.concatenate([np.asarray(piece, dtype=np.int32) for piece in pieces]),
+        offsets=np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64),
+        prompt_lengths=np.array([encoded[index].prompt_length for index in kept], dtype=np.int32),
+        record_ids=tuple(records[index].record_id for index in kept),
+        subject_ids=tuple(records[index].subject_id for index in kept),
+        pad_token_id=pad_token_id,
+    )
+    num_truncated = len(long) if too_long == "truncate" else 0
+    return corpus, EncodingReport(len(kept), num_truncated, len(dropped), longest)
+
+
+def join(corpora: Sequence[EncodedCorpus]) -> EncodedCorpus:
+    """Concatenate corpora of one tokenizer, e.g. the training records and a separate holdout file.
+
+    Raises:
+        DataError: an id that occurs in more than one of them.
+    """
+    assert corpora and len({corpus.pad_token_id for corpus in corpora}) == 1, "corpora of different tokenizers"
+    counts = Counter(record_id for corpus in corpora for record_id in corpus.record_ids)
+    repeated = [record_id for record_id, count in counts.items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{len(repeated)} record id(s) that occur in more than one file, e.g. {_some(repeated)}",
+            "ids that are unique over all files",
+            "give the holdout file an id column with ids of its own",
+        )
+    starts = np.cumsum([0, *(len(corpus.tokens) for corpus in corpora)])
+    shifted = [corpus.offsets[1:] + start for corpus, start in zip(corpora, starts[:-1], strict=True)]
+    return EncodedCorpus(
+        tokens=np.concatenate([corpus.tokens for corpus in corpora]),
+        offsets=np.concatenate([np.zeros(1, dtype=np.int64), *shifted]),
+        prompt_lengths=np.concatenate([corpus.prompt_lengths for corpus in corpora]),
+        record_ids=tuple(record_id for corpus in corpora for record_id in corpus.record_ids),
+        subject_ids=tuple(subject_id for corpus in corpora for subject_id in corpus.subject_ids),
+        pad_token_id=corpora[0].pad_token_id,
+    )
+
+
+def collate(corpus: EncodedCorpus, indices: np.ndarray, pad_to_multiple: int = 8) -> TokenBatch:
+    """Pad records on the right to a common width, a multiple of `pad_to_multiple` positions.
+
+    Args:
+        corpus: The tokens.
+        indices: int [B], which records, in this order. Empty: one row of padding that predicts nothing and
+            attends to its first position, so that a rank without records can still enter collectives.
+        pad_to_multiple: At least 1. Fewer distinct shapes; never changes a result, the padding being masked.
+
+    Returns:
+        `TokenBatch` on the CPU.
+    """
+    assert pad_to_multiple >= 1
+    indices = np.asarray(indices, dtype=np.int64)
+    lengths, prompt_lengths = corpus.lengths(indices), corpus.prompt_lengths[indices]
+    if len(indices) == 0:
+        lengths = prompt_lengths = np.array([1])
+    widest = int(lengths.max()) if len(indices) else SMALLEST_WIDTH
+    width = -(-widest // pad_to_multiple) * pad_to_multiple
+    input_ids = np.full((len(lengths), width), corpus.pad_token_id, dtype=np.int64)
+    for row, index in enumerate(indices):
+        input_ids[row, : lengths[row]] = corpus.tokens[corpus.offsets[index] : corpus.offsets[index + 1]]
+    positions = np.arange(width)
+    inside = positions < lengths[:, None]
+    return TokenBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(inside.astype(np.int64)),
+        answer_mask=torch.from_numpy(inside & (positions >= prompt_lengths[:, None])),
+    )
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            "a tokenizer without a pad token",
+            "a pad token",
+            "set pad_token in the checkpoint's tokenizer_config.json, e.g. to its end-of-sequence token",
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "a tokenizer without character offsets", "a fast tokenizer", "add its tokenizer.json to the checkpoint"
+        )
+    return int(tokenizer.pad_token_id)
+
+
+def _tokenise(records: Sequence[TextRecord], tokenizer: PreTrainedTokenizerBase) -> list[_Encoded]:
+    chat = records[0].messages is not None
+    assert all((record.messages is not None) == chat for record in records), "chat and other records mixed"
+    rendered = [_render_chat(record, tokenizer) if chat else _render(record) for record in records]
+    output = tokenizer(
+        [text for text, _ in rendered],
+        add_special_tokens=not chat,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    end_token = None if chat else tokenizer.eos_token_id
+    encoded = []
+    for token_ids, spans, (_, num_prompt_characters) in zip(
+        output["input_ids"], output["offset_mapping"], rendered, strict=True
+    ):
+        ends_beyond = (position for position, span in enumerate(spans) if span[1] > num_prompt_characters)
+        first_answer = next(ends_beyond, len(token_ids))
+        if end_token is not None and token_ids and token_ids[-1] != end_token:
+            token_ids = [*token_ids, end_token]
+        encoded.append(_Encoded(token_ids, max(first_answer, 1)))
+    return encoded
+
+
+def _render(record: TextRecord) -> tuple[str, int]:
+    """The whole text of a record, and how many of its characters are the prompt."""
+    spaced = not record.prompt or record.prompt[-1].isspace() or record.answer[:1].isspace()
+    return record.prompt + ("" if spaced else " ") + record.answer, len(record.prompt)
+
+
+def _render_chat(record: TextRecord, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    assert record.messages is not None
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            "chat records and a tokenizer without a chat template",
+            "a chat template",
+            "add one to the checkpoint, or use data.format question_answer",
+        )
+    messages = list(record.messages)
+    try:
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise DataError(
+            f"record '{record.record_id}', whose messages the chat template refuses ({type(error).__name__})",
+            "the roles, in the order, that the template knows",
+            "correct or remove the record",
+        ) from None
+    assert isinstance(whole, str) and isinstance(prompt, str)
+    if not whole.startswith(prompt):
+        raise ModelError(
+            f"a chat template that renders the messages before the answer differently once the answer follows "
+            f"(record '{record.record_id}')",
+            "a conversation that begins with its own generation prompt",
+            "use a chat template without such additions, or data.format question_answer",
+        )
+    return whole, len(prompt)
+
+
+def _refuse_empty_answers(records: Sequence[TextRecord], encoded: Sequence[_Encoded]) -> None:
+    # The text is looked at too: a blank answer would otherwise pass as a lone end-of-sequence token.
+    empty = [
+        record.record_id
+        for record, item in zip(records, encoded, strict=True)
+        if not record.answer.strip() or item.prompt_length >= len(item.token_ids)
+    ]
+    if empty:
+        raise DataError(
+            f"{len(empty)} record(s) without a token to predict, e.g. {_some(empty)}",
+            "an answer in every record (text: two tokens at least)",
+            "complete or remove these records",
+        )
+
+
+def _check_too_long(
+    records: Sequence[TextRecord],
+    encoded: Sequence[_Encoded],
+    long: Sequence[int],
+    max_length: int,
+    too_long: Literal["refuse", "truncate", "drop"],
+    protected_ids: frozenset[str],
+) -> None:
+    """Raise a `DataError` unless the policy may be applied to the records `long`."""
+    if too_long == "refuse":
+        longest = max(len(encoded[index].token_ids) for index in long)
+        raise DataError(
+            f"{len(long)} of {len(records)} records longer than {max_length} tokens, the longest {longest}, "
+            f"e.g. {_some([records[index].record_id for index in long])}",
+            f"at most {max_length} tokens of prompt and answer",
+            "raise data.max_length (up to the model's context length), or set data.too_long to truncate, which cuts "
+            "the answer's end, or to drop, which leaves the records out unless they are to be forgotten",
+        )
+    if too_long == "truncate":
+        bare = [records[index].record_id for index in long if encoded[index].prompt_length >= max_length]
+        if bare:
+            raise DataError(
+                f"{len(bare)} record(s) whose prompt alone fills {max_length} tokens, e.g. {_some(bare)}",
+                "room for at least one answer token",
+                "raise data.max_length, shorten the prompts or set data.too_long to drop",
+            )
+    if too_long == "drop":
+        wanted = [records[index].record_id for index in long if records[index].record_id in protected_ids]
+        if wanted:
+            raise DataError(
+                f"{len(wanted)} record(s) to be forgotten that are longer than {max_length} tokens, "
+                f"e.g. {_some(wanted)}",
+                "every record to be forgotten in the data",
+                "raise data.max_length or set data.too_long to truncate",
+            )
+
+
+def _some(record_ids: Sequence[str]) -> str:
+    return ", ".join(repr(record_id) for record_id in record_ids[:5])

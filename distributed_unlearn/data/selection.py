@@ -1,0 +1,152 @@
+"""Which records are forgotten, held out and retained, as indices into an `EncodedCorpus`."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distributed_unlearn.config import SelectionConfig
+from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Disjoint sets of records; every array is int64 and sorted."""
+
+    forget_rounds: tuple[np.ndarray, ...]
+    """Round `k` forgets the records `forget_rounds[k]`."""
+    holdout: np.ndarray
+    """Records that were never trained on."""
+    training: np.ndarray
+    """All records that were trained on: forget sets and retain set, never the holdout."""
+
+    def retain(self, round_index: int) -> np.ndarray:
+        """The training records that no round up to and including `round_index` forgets.
+
+        Args:
+            round_index: From 0; -1 gives all training records.
+
+        Returns:
+            int64 [num_retain_records], sorted.
+        """
+        assert -1 <= round_index < max(len(self.forget_rounds), 1)
+        forgotten = _union(self.forget_rounds[: round_index + 1])
+        return np.setdiff1d(self.training, forgotten, assume_unique=True)
+
+
+def resolve(selection: SelectionConfig, corpus: EncodedCorpus) -> np.ndarray:
+    """Indices of the records that a selection names by subject, id or ids file; the union of all three.
+
+    `selection.path` names no record of `corpus`; see `partition_records`.
+
+    Returns:
+        int64 [num_selected], sorted, each index once.
+
+    Raises:
+        DataError: an ids file that cannot be read, or an unknown id or subject.
+    """
+    ids = [*selection.record_ids, *_read_ids(selection.ids_file)]
+    index_of = {record_id: index for index, record_id in enumerate(corpus.record_ids)}
+    _refuse_unknown("record id", ids, index_of.keys())
+    known_subjects = {subject_id for subject_id in corpus.subject_ids if subject_id is not None}
+    _refuse_unknown("subject", selection.subjects, known_subjects)
+    subjects = frozenset(selection.subjects)
+    chosen = {index_of[record_id] for record_id in ids}
+    chosen.update(index for index, subject_id in enumerate(corpus.subject_ids) if subject_id in subjects)
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def partition_records(
+    corpus: EncodedCorpus,
+    forget_selections: Sequence[SelectionConfig],
+    holdout_selection: SelectionConfig | None,
+    num_main_records: int,
+) -> Partition:
+    """Split a corpus into forget sets, holdout set and the rest.
+
+    Args:
+        corpus: The training records, followed by those of a separate holdout file if there is one.
+        forget_selections: One per round, in order.
+        holdout_selection: Held-out records among the first `num_main_records`, besides those of a separate file.
+        num_main_records: Records at this index and after come from the holdout file and are all held out.
+
+    Returns:
+        The partition.
+
+    Raises:
+        DataError: unknown ids, a record both to be forgotten and held out, a record forgotten in two rounds, an
+            empty forget or holdout set, or nothing left to retain.
+    """
+    assert 0 <= num_main_records <= corpus.num_records
+    rounds = tuple(resolve(selection, corpus) for selection in forget_selections)
+    separate = np.arange(num_main_records, corpus.num_records, dtype=np.int64)
+    chosen = resolve(holdout_selection, corpus) if holdout_selection is not None else separate
+    holdout = _union((chosen, separate))
+    if holdout_selection is not None and len(holdout) == 0:
+        raise DataError("an empty holdout set", "at least one record", "name records in holdout")
+    for round_index, forget in enumerate(rounds):
+        if len(forget) == 0:
+            raise DataError(f"an empty forget set in round {round_index}", "at least one record", "name records")
+        both = np.intersect1d(forget, holdout)
+        if len(both):
+            raise DataError(
+                f"{len(both)} record(s) both to be forgotten (round {round_index}) and held out, "
+                f"e.g. {_some_ids(corpus, both)}",
+                "a holdout set that was never trained on",
+                "take them out of forget or out of holdout",
+            )
+        twice = np.intersect1d(forget, _union(rounds[:round_index]))
+        if len(twice):
+            raise DataError(
+                f"{len(twice)} record(s) of round {round_index} that an earlier round forgets, "
+                f"e.g. {_some_ids(corpus, twice)}",
+                "every record in one round at most",
+                "remove them from the later round",
+            )
+    training = np.setdiff1d(np.arange(num_main_records, dtype=np.int64), holdout)
+    partition = Partition(rounds, holdout, training)
+    if len(partition.retain(len(rounds) - 1)) == 0:
+        raise DataError(
+            f"no record left to retain: {len(_union(rounds))} to be forgotten and {len(holdout)} held out of "
+            f"{corpus.num_records}",
+            "at least one record that stays",
+            "forget or hold out fewer records",
+        )
+    return partition
+
+
+def _union(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
+
+
+def _read_ids(ids_file: str | None) -> list[str]:
+    if ids_file is None:
+        return []
+    try:
+        lines = Path(ids_file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"ids file '{ids_file}', which cannot be read ({type(error).__name__})",
+            "a UTF-8 text file with one id a line",
+            "check the path",
+        ) from error
+    ids = [line.strip() for line in lines if line.strip()]
+    if not ids:
+        raise DataError(f"ids file '{ids_file}' without ids", "one id a line", "add ids or remove ids_file")
+    return ids
+
+
+def _refuse_unknown(what: str, names: Sequence[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(names).difference(known))
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} unknown {what}(s) of {len(set(names))}, e.g. {', '.join(map(repr, unknown[:5]))}",
+            f"{what}s that occur in the data",
+            "check the selection, data.id_field and data.subject_field",
+        )
+
+
+def _some_ids(corpus: EncodedCorpus, indices: np.ndarray) -> str:
+    return ", ".join(repr(corpus.record_ids[index]) for index in indices[:5])

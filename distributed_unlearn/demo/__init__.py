@@ -1,0 +1,1 @@
+"""The embedded default: fictitious people, a small Llama, the whole path."""

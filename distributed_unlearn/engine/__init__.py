@@ -1,0 +1,1 @@
+"""The model on ZeRO shards: the only importer of deepspeed and torch.distributed."""

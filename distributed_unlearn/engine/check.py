@@ -1,0 +1,226 @@
+"""Compare gradient and curvature product on shards with an unsharded float64 reference.
+
+The reference is built from the very weights that the shards hold, so that only the arithmetic differs. It
+shares no code with the fast product: plain double backward, or central differences of gradients where the
+model is too large for that.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from distributed_unlearn.curvature.linearisation import Linearisation
+from distributed_unlearn.curvature.precision import LiftFloat32Casts
+from distributed_unlearn.curvature.reference import (
+    Reference,
+    central_difference,
+    double_backward,
+    gauss_newton_product,
+)
+from distributed_unlearn.data.sampling import cut
+from distributed_unlearn.engine.opened_model import OpenedModel
+from distributed_unlearn.objectives.losses import token_nll
+
+ReferenceMethod = Literal["auto", "double_backward", "central_difference"]
+
+
+@dataclass(frozen=True)
+class CurvatureCheck:
+    """What to check."""
+
+    batch_size: int = 4
+    sequence_length: int = 32
+    seed: int = 0
+    product: Literal["hessian", "gauss_newton"] = "hessian"
+    mode: Literal["cached", "recompute"] = "recompute"
+    reference: ReferenceMethod = "auto"
+
+
+@dataclass(frozen=True)
+class CurvatureReport:
+    """Relative errors `||ours - reference|| / ||reference||` over all trainable parameters."""
+
+    loss_relative_error: float
+    gradient_relative_error: float
+    hvp_relative_error: float
+    symmetry_error: float
+    """`|u'Hv - v'Hu| / (||u|| ||Hv||)` for two random directions."""
+    segments: int
+    mode: str
+    product: str
+    reference: str
+    num_parameters: int
+    world_size: int
+    frozen_rows: int
+    """Embedding rows held fixed because they are `padding_idx`."""
+    gradient_seconds: float
+    product_seconds: float
+    """One product, the gradient included in recompute mode and already there in cached mode."""
+    elements_moved_per_parameter: float
+    """Elements that collectives delivered to a rank for the measured product, per trainable parameter."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    input_ids: Tensor
+    attention_mask: Tensor
+    answer_mask: Tensor
+
+    def rows(self, chosen: np.ndarray) -> "_Batch":
+        """Some rows; a row of padding where none is chosen, so that every rank can take part."""
+        if len(chosen) == 0:
+            empty = torch.zeros_like(self.input_ids[:1])
+            mask = empty.clone()
+            mask[:, 0] = 1
+            return _Batch(empty, mask, empty.bool())
+        index = torch.from_numpy(chosen)
+        return _Batch(self.input_ids[index], self.attention_mask[index], self.answer_mask[index])
+
+
+def _random_batch(check: CurvatureCheck, vocab_size: int) -> _Batch:
+    generator = torch.Generator().manual_seed(check.seed)
+    shape = (check.batch_size, check.sequence_length)
+    ids = torch.randint(0, vocab_size, shape, generator=generator)
+    lengths = torch.randint(check.sequence_length // 2, check.sequence_length + 1, shape[:1], generator=generator)
+    attention = (torch.arange(shape[1])[None, :] < lengths[:, None]).long()
+    answer = attention.bool().clone()
+    answer[:, : max(1, shape[1] // 4)] = False
+    return _Batch(ids, attention, answer)
+
+
+def _loss_of(batch: _Batch, num_tokens: int) -> Callable[[Tensor], Tensor]:
+    return lambda logits: token_nll(logits, batch.input_ids, batch.answer_mask)[0].sum() / num_tokens
+
+
+@contextmanager
+def _lifted(dtype: torch.dtype) -> Iterator[None]:
+    context: AbstractContextManager[object] = LiftFloat32Casts() if dtype == torch.float64 else nullcontext()
+    with context:
+        yield
+
+
+def _gather_named(opened: OpenedModel, vector: Tensor) -> dict[str, Tensor]:
+    """Full float64 CPU tensors of a sharded vector, on rank 0; empty elsewhere. All ranks must call this."""
+    communicator, named = opened.communicator, {}
+    for segment in opened.layout.segments:
+        for slot in segment.trainable:
+            begin = segment.start + slot.offset
+            full = communicator.all_gather(vector[begin : begin + slot.shard_numel])
+            if communicator.rank == 0:
+                named[slot.qualified_name] = full[: slot.numel].view(slot.shape).double().cpu()
+    return named
+
+
+def _reference_model(opened: OpenedModel) -> nn.Module | None:
+    """An unsharded float64 copy of the weights, on rank 0. All ranks must call this."""
+    on_zero = opened.communicator.rank == 0
+    model = None
+    if on_zero:
+        model = AutoModelForCausalLM.from_config(opened.config, attn_implementation="eager").double().eval()
+    targets = {} if model is None else dict(model.named_parameters())
+    for segment in opened.layout.segments:
+        for slot in (*segment.trainable, *segment.frozen):
+            full = opened.weights.gather_master(segment, slot)
+            if on_zero:
+                targets[slot.qualified_name].data.copy_(full.double().cpu())
+    if model is not None:
+        for name, buffer in opened.model.named_buffers():
+            model.get_buffer(name).copy_(buffer.double().cpu())
+    return model
+
+
+def _fits_double_backward(num_parameters: int) -> bool:
+    # Weights, gradient, its graph and the product in float64, and as much again for activations.
+    return num_parameters * 8 * 10 < psutil.virtual_memory().available
+
+
+def _compute_reference(
+    model: nn.Module, check: CurvatureCheck, batch: _Batch, tangent: dict[str, Tensor]
+) -> tuple[Reference, str]:
+    loss_of_logits = _loss_of(batch, int(batch.answer_mask.sum()))
+
+    def logits_fn(module: nn.Module) -> Tensor:
+        return module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+
+    with LiftFloat32Casts():
+        if check.product == "gauss_newton":
+            return gauss_newton_product(model, logits_fn, loss_of_logits, tangent), "double_vjp"
+        size = sum(p.numel() for p in model.parameters())
+        automatic = "double_backward" if _fits_double_backward(size) else "central_difference"
+        method = automatic if check.reference == "auto" else check.reference
+        if method == "double_backward":
+            return double_backward(model, lambda m: loss_of_logits(logits_fn(m)), tangent), method
+        return central_difference(model, lambda m: loss_of_logits(logits_fn(m)), tangent, 1e-4), method
+
+
+def _relative(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    error = sum(float((ours[name] - truth[name].double()).square().sum()) for name in truth)
+    scale = sum(float(value.double().square().sum()) for value in truth.values())
+    return (error / max(scale, 1e-300)) ** 0.5
+
+
+def check_curvature(opened: OpenedModel, check: CurvatureCheck) -> CurvatureReport | None:
+    """Run the check; rank 0 returns the report. All ranks must call this."""
+    communicator, space = opened.communicator, opened.space
+    batch = _random_batch(check, int(opened.config.vocab_size))
+    mine = batch.rows(cut(np.arange(check.batch_size), communicator.rank, communicator.world_size))
+    device, num_tokens = communicator.device, int(batch.answer_mask.sum())
+    mine = _Batch(mine.input_ids.to(device), mine.attention_mask.to(device), mine.answer_mask.to(device))
+    inputs = {"input_ids": mine.input_ids, "attention_mask": mine.attention_mask}
+    master = opened.weights.master
+    u, v = (space.random_normal(master, check.seed + k) for k in (1, 2))
+    v /= space.norm(v)
+    u /= space.norm(u)
+    gradient, product, adjoint = (torch.zeros_like(master) for _ in range(3))
+    with _lifted(opened.store.compute_dtype):
+        linearisation = Linearisation(
+            opened.segmented,
+            opened.store,
+            inputs,
+            _loss_of(mine, num_tokens),
+            check.product,
+            cached=check.mode == "cached",
+        )
+        started = time.perf_counter()
+        local = linearisation.gradient(gradient)
+        gradient_seconds = time.perf_counter() - started
+        before, started = communicator.num_elements_moved, time.perf_counter()
+        linearisation.product(v, product)
+        product_seconds = time.perf_counter() - started
+        moved = communicator.num_elements_moved - before
+        linearisation.product(u, adjoint)
+    loss = float(communicator.all_reduce_sum(local.double().reshape(1))[0])
+    products = space.dots([product, v], u)[0], space.dots([adjoint], v)[0]
+    symmetry = abs(products[0] - products[1]) / max(space.norm(product), 1e-300)
+    named = [_gather_named(opened, vector) for vector in (gradient, product, v)]
+    model = _reference_model(opened)
+    if model is None:
+        return None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in named[2])
+    truth, method = _compute_reference(model, check, batch, named[2])
+    slots = [slot for part in opened.layout.segments for slot in part.trainable]
+    return CurvatureReport(
+        loss_relative_error=abs(loss - float(truth.loss)) / abs(float(truth.loss)),
+        gradient_relative_error=_relative(named[0], truth.gradient),
+        hvp_relative_error=_relative(named[1], truth.hvp),
+        symmetry_error=symmetry,
+        segments=len(opened.layout.segments),
+        mode=check.mode,
+        product=check.product,
+        reference=method,
+        num_parameters=opened.facts().num_parameters,
+        world_size=communicator.world_size,
+        frozen_rows=sum(slot.frozen_row is not None for slot in slots),
+        gradient_seconds=gradient_seconds,
+        product_seconds=product_seconds,
+        elements_moved_per_parameter=moved / opened.layout.num_trainable,
+    )

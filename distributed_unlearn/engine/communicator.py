@@ -1,0 +1,129 @@
+"""One torch.distributed group of all ranks: rendezvous, the collectives that curvature needs, their volume.
+
+World size 1 goes through the same calls on a group of one, so there is one code path.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """A rank's place in the group and on its node, as the driver assigned it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+class Communicator:
+    """Collectives of one process group; counts the floats that they move (received by each rank)."""
+
+    def __init__(self, spec: RankSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.num_elements_moved = 0
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+        return self.spec.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.spec.world_size
+
+    def all_gather(self, local: torch.Tensor) -> torch.Tensor:
+        """[n] on every rank -> [world_size * n], in rank order. All ranks must call this."""
+        full = local.new_empty(local.numel() * self.world_size)
+        dist.all_gather_into_tensor(full, local.contiguous())
+        self.num_elements_moved += full.numel()
+        return full
+
+    def reduce_scatter(self, full: torch.Tensor) -> torch.Tensor:
+        """[world_size * n] -> this rank's [n] of the sum over ranks. All ranks must call this."""
+        local = full.new_empty(full.numel() // self.world_size)
+        dist.reduce_scatter_tensor(local, full.contiguous())
+        self.num_elements_moved += full.numel()
+        return local
+
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, a new tensor. All ranks must call this."""
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def all_reduce_max(self, values: torch.Tensor) -> torch.Tensor:
+        """Maximum over ranks, a new tensor. All ranks must call this."""
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        return total
+
+    def all_true(self, condition: bool) -> bool:
+        """Whether `condition` holds on every rank. All ranks must call this."""
+        return bool(self.all_reduce_max(torch.tensor([0.0 if condition else 1.0])).item() == 0.0)
+
+    def gather_objects(self, value: object) -> list[object]:
+        """`value` of every rank in rank order, on every rank; small objects only. All ranks must call this."""
+        found: list[object] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def broadcast_object(self, value: object) -> object:
+        """Rank 0's `value` on every rank. All ranks must call this."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks. All ranks must call this."""
+        self.all_reduce_sum(torch.zeros(1))
+
+
+def open_store(host: str, timeout_seconds: float) -> tuple[dist.TCPStore, int]:
+    """Rank 0's rendezvous store on a port that the system picks (no port is chosen, freed and raced for)."""
+    store = dist.TCPStore(
+        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds)
+    )
+    return store, store.port
+
+
+def connect(
+    spec: RankSpec, host: str, port: int, store: dist.Store | None, timeout_seconds: float, use_gpu: bool
+) -> Communicator:
+    """Join the group: gloo on CPU, NCCL on GPU. All ranks must call this.
+
+    Sets RANK, WORLD_SIZE, LOCAL_RANK and the like, which DeepSpeed reads, in this process's environment.
+    A group that exists already (an in-process worker used twice) is used again.
+    """
+    # Ray shows each actor its own GPU only, which is then device 0 whatever the rank on the node.
+    local_device = spec.local_rank % torch.cuda.device_count() if use_gpu else spec.local_rank
+    os.environ.update(
+        RANK=str(spec.rank),
+        WORLD_SIZE=str(spec.world_size),
+        LOCAL_RANK=str(local_device),
+        LOCAL_WORLD_SIZE=str(spec.local_world_size),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+    )
+    device = torch.device("cuda", local_device) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)
+        if store is None:
+            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        dist.init_process_group(
+            "nccl" if use_gpu else "gloo",
+            store=dist.PrefixStore("unlearn", store),
+            rank=spec.rank,
+            world_size=spec.world_size,
+            timeout=timeout,
+        )
+    assert dist.get_world_size() == spec.world_size, "the process group that exists has another size"
+    return Communicator(spec, device)

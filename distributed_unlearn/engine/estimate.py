@@ -1,0 +1,138 @@
+"""What a job will need, from the model's configuration alone: memory a rank, products and communication.
+
+The model is built on the meta device with accelerate, so no weight is read or allocated. Communication is
+exact (a test compares it with what a run moves); memory is an estimate of the largest terms.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from distributed_unlearn.curvature.layout import FlatLayout, build_layout
+from distributed_unlearn.curvature.segments import find_segments, frozen_rows, trainable_names
+from distributed_unlearn.errors import ModelError
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of a model and its segments, in parameters."""
+
+    num_parameters: int
+    num_trainable: int
+    root_parameters: int
+    largest_block_parameters: int
+    num_blocks: int
+    fallback_reason: str | None
+    layout: FlatLayout
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank."""
+
+    weights: int
+    """What the forward pass gathers from, the fp32 master beside it where they differ."""
+    vectors: int
+    """Gradient, Krylov basis, work vectors and undo copy (or optimiser moments), fp32, partitioned."""
+    host_copies: int
+    """Weights at the start of the job and of the round, fp32, partitioned, in CPU memory."""
+    gathered: int
+    """Weights, tangent, gradient and product of the root and of one block, unpartitioned."""
+    activations: int
+    """Block inputs with tangents, logits and one block's graph for one micro-batch (recompute mode)."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return self.weights + self.vectors + self.host_copies + self.gathered + self.activations
+
+
+def measure_model(hf_config: Any, trainable: str | tuple[str, ...], world_size: int, zero_stage: int) -> ModelSize:
+    """Build the architecture without weights and lay it out.
+
+    Raises:
+        ModelError: no blocks at stage 3, or a trainable pattern that matches nothing.
+    """
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
+    model.tie_weights()
+    segmented = find_segments(model)
+    if segmented.fallback_reason is not None and zero_stage == 3:
+        raise ModelError(
+            f"a model that cannot be cut into segments ({segmented.fallback_reason}) at ZeRO stage 3",
+            "blocks that can be gathered one at a time",
+            "set cluster.zero_stage to 0, 1 or 2, where the whole model is one segment",
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    layout = build_layout(
+        segmented, shapes, trainable_names(model, trainable), frozen_rows(model), world_size
+    )
+    sizes = [sum(slot.numel for slot in (*part.trainable, *part.frozen)) for part in layout.segments]
+    return ModelSize(
+        num_parameters=sum(sizes),
+        num_trainable=layout.num_trainable,
+        root_parameters=sizes[0],
+        largest_block_parameters=max(sizes[1:], default=0),
+        num_blocks=len(sizes) - 1,
+        fallback_reason=segmented.fallback_reason,
+        layout=layout,
+    )
+
+
+def estimate_memory(
+    size: ModelSize,
+    hf_config: Any,
+    dtype: torch.dtype,
+    zero_stage: int,
+    num_vectors: int,
+    micro_batch_size: int,
+    sequence_length: int,
+) -> MemoryEstimate:
+    """Largest terms of one rank's memory; `num_vectors` are the solver's parameter vectors."""
+    world, item = size.layout.world_size, dtype.itemsize
+    shard = size.layout.vector_numel * 4
+    weights = (size.num_parameters // world if zero_stage == 3 else size.num_parameters) * item
+    if not (zero_stage == 3 and dtype == torch.float32):
+        weights += shard
+    tokens = micro_batch_size * sequence_length
+    hidden, layers = int(hf_config.hidden_size), max(size.num_blocks, 1)
+    inner = int(getattr(hf_config, "intermediate_size", 4 * hidden) or 4 * hidden)
+    heads = int(getattr(hf_config, "num_attention_heads", 1) or 1)
+    # A block's graph keeps about a dozen hidden states, four inner states and three attention maps; a product
+    # holds its gradient graph and its tangents too, about three times that.
+    block = tokens * (12 * hidden + 4 * inner + 3 * heads * sequence_length)
+    activations = item * (2 * layers * tokens * hidden + 3 * block) + 4 * 4 * tokens * int(hf_config.vocab_size)
+    return MemoryEstimate(
+        weights=weights,
+        vectors=num_vectors * shard,
+        host_copies=2 * shard,
+        gathered=4 * item * (size.root_parameters + size.largest_block_parameters),
+        activations=activations,
+    )
+
+
+def elements_per_product(size: ModelSize, zero_stage: int, cached: bool) -> int:
+    """Elements that collectives deliver to a rank for one product without gradient, one micro-batch."""
+    return _elements(size, zero_stage, weight_gathers=0 if cached else 2, root_weights=not cached, products=True)
+
+
+def elements_per_gradient(size: ModelSize, zero_stage: int, keep_forward: bool) -> int:
+    """Elements that collectives deliver to a rank for one gradient, one micro-batch."""
+    return _elements(size, zero_stage, weight_gathers=1 if keep_forward else 2, root_weights=True, products=False)
+
+
+def _elements(size: ModelSize, zero_stage: int, weight_gathers: int, root_weights: bool, products: bool) -> int:
+    layout = size.layout
+    total = 0
+    for index, part in enumerate(layout.segments):
+        trainable = (part.stop - part.start) * layout.world_size
+        frozen = (part.frozen_stop - part.frozen_start) * layout.world_size
+        weights = int(root_weights) if index == 0 else weight_gathers
+        tangents = 0 if not products else (1 if index == 0 else 2)
+        total += tangents * trainable + trainable  # the last term scatters the result
+        if zero_stage == 3:
+            total += weights * (trainable + frozen)
+    return total

@@ -1,0 +1,132 @@
+"""A model opened on this rank: segments, layout, weights, store and vector space, built together once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from distributed_unlearn.config import ModelConfig
+from distributed_unlearn.curvature.layout import FlatLayout, build_layout
+from distributed_unlearn.curvature.segments import SegmentedModel, find_segments, frozen_rows, trainable_names
+from distributed_unlearn.curvature.store import SegmentStore
+from distributed_unlearn.engine.communicator import Communicator
+from distributed_unlearn.engine.space import ShardedSpace
+from distributed_unlearn.engine.zero import ShardedWeights, checkpoint_dtype, full_shapes, load_model
+from distributed_unlearn.errors import ModelError, NumericalError
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the driver needs to know of an opened model."""
+
+    num_parameters: int
+    num_trainable: int
+    num_segments: int
+    segment_fallback: str | None
+    context_length: int
+    vocab_size: int
+    checkpoint_dtype: str
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """One rank's model: every object below refers to the same partitions."""
+
+    model: nn.Module
+    segmented: SegmentedModel
+    layout: FlatLayout
+    weights: ShardedWeights
+    store: SegmentStore
+    space: ShardedSpace
+    communicator: Communicator
+    checkpoint_dtype: torch.dtype
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face model configuration."""
+        return self.model.config
+
+    def facts(self) -> ModelFacts:
+        """A summary without tensors."""
+        sizes = [slot.numel for part in self.layout.segments for slot in (*part.trainable, *part.frozen)]
+        return ModelFacts(
+            num_parameters=sum(sizes),
+            num_trainable=self.layout.num_trainable,
+            num_segments=len(self.layout.segments),
+            segment_fallback=self.segmented.fallback_reason,
+            context_length=int(getattr(self.config, "max_position_embeddings", 0) or 0),
+            vocab_size=int(self.config.vocab_size),
+            checkpoint_dtype=str(self.checkpoint_dtype).removeprefix("torch."),
+        )
+
+
+def open_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, communicator: Communicator) -> OpenedModel:
+    """Load a checkpoint into partitions and adopt it. All ranks must call this.
+
+    Raises:
+        ModelError: not loadable, or blocks that cannot be found at stage 3.
+        NumericalError: weights that are not finite.
+    """
+    model = load_model(config.path, config.revision, dtype, zero_stage, communicator.device)
+    if dtype == torch.float64:
+        model = _to_float64(model)
+    own_dtype = checkpoint_dtype(config.path, config.revision)
+    return adopt_model(model, config.trainable, dtype, own_dtype, zero_stage, communicator)
+
+
+def adopt_model(
+    model: nn.Module,
+    trainable: str | tuple[str, ...],
+    dtype: torch.dtype,
+    own_dtype: torch.dtype,
+    zero_stage: int,
+    communicator: Communicator,
+) -> OpenedModel:
+    """Segment, lay out and check a model that is in memory, partitioned or not. All ranks must call this.
+
+    Raises:
+        ModelError: blocks that cannot be found at stage 3.
+        NumericalError: weights that are not finite.
+    """
+    segmented = find_segments(model)
+    if segmented.fallback_reason is not None and zero_stage == 3:
+        raise ModelError(
+            f"a model that cannot be cut into segments ({segmented.fallback_reason}) at ZeRO stage 3",
+            "blocks that can be gathered one at a time",
+            "set cluster.zero_stage to 0, 1 or 2, where the whole model is one segment",
+        )
+    layout = build_layout(
+        segmented,
+        full_shapes(model),
+        trainable_names(model, trainable),
+        frozen_rows(model),
+        communicator.world_size,
+    )
+    weights = ShardedWeights(model, layout, communicator, dtype, zero_stage == 3)
+    if not communicator.all_true(bool(torch.isfinite(weights.master).all())):
+        raise NumericalError("weights with NaN or infinite entries", "finite weights", "use an intact checkpoint")
+    return OpenedModel(
+        model=model,
+        segmented=segmented,
+        layout=layout,
+        weights=weights,
+        store=SegmentStore(layout, communicator, weights, dtype),
+        space=ShardedSpace(layout, communicator),
+        communicator=communicator,
+        checkpoint_dtype=own_dtype,
+    )
+
+
+def _to_float64(model: nn.Module) -> nn.Module:
+    # Partitioned parameters carry their values in ds_tensor, which `ShardedWeights` widens; the empty
+    # placeholder only has to have the right dtype for code that asks `module.weight.dtype`.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.double()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.double()
+    return model

@@ -1,0 +1,136 @@
+"""Fine-tuning inside the workers: accelerate drives DeepSpeed's optimiser-partitioning engine.
+
+The loss of a step is the token mean over the *global* minibatch. DeepSpeed averages gradients over ranks and
+over accumulation steps, so each local share is multiplied by both counts before `backward`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from distributed_unlearn.config import TrainConfig
+from distributed_unlearn.data.encoding import EncodedCorpus, collate
+from distributed_unlearn.data.sampling import cut, draw, micro_batches, num_micro_batches
+from distributed_unlearn.engine.batches import Indices
+from distributed_unlearn.engine.communicator import Communicator
+from distributed_unlearn.errors import NumericalError
+from distributed_unlearn.objectives.losses import token_nll
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Sizes of a training run, the same on every rank."""
+
+    num_steps: int
+    batch_size: int
+    accumulation_steps: int
+    micro_batch_size: int
+
+
+def plan_training(config: TrainConfig, num_records: int, world_size: int, micro_batch_size: int) -> TrainingPlan:
+    """Steps and accumulation of `config.epochs` passes over `num_records`."""
+    batch = min(config.batch_size, num_records)
+    accumulation = num_micro_batches(batch, world_size, micro_batch_size)
+    return TrainingPlan(config.epochs * math.ceil(num_records / batch), batch, accumulation, micro_batch_size)
+
+
+def warmup_then_cosine(step: int, num_steps: int, warmup_share: float) -> float:
+    """Factor on the learning rate: linear from 0 to 1, then half a cosine down to 0."""
+    warmup = max(1, round(num_steps * warmup_share))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+class Trainer:
+    """AdamW under DeepSpeed ZeRO. Every method is collective: all ranks must call it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        corpus: EncodedCorpus,
+        indices: Indices,
+        config: TrainConfig,
+        zero_stage: int,
+        micro_batch_size: int,
+        seed: int,
+        communicator: Communicator,
+    ) -> None:
+        self._corpus, self._indices, self._config = corpus, indices, config
+        self._communicator, self._seed = communicator, seed
+        self.plan = plan_training(config, len(indices), communicator.world_size, micro_batch_size)
+        bf16 = next(model.parameters()).dtype == torch.bfloat16
+        plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(zero_stage, bf16))
+        # accelerate keeps the first plugin of a process for good; a second training needs a clean state.
+        # (`cpu=True` would make it use DistributedDataParallel instead of DeepSpeed.)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self._accelerator = Accelerator(deepspeed_plugin=plugin)
+        decayed = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1]
+        plain = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        self._engine, self._optimizer = self._accelerator.prepare(model.train(), optimizer)
+        assert type(self._engine).__name__ == "DeepSpeedEngine", "accelerate did not choose DeepSpeed"
+        self.model = model
+
+    def _deepspeed_config(self, zero_stage: int, bf16: bool) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": self.plan.micro_batch_size,
+            "gradient_accumulation_steps": self.plan.accumulation_steps,
+            "gradient_clipping": self._config.max_gradient_norm,
+            "bf16": {"enabled": bf16},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": zero_stage,
+                "memory_efficient_linear": False,
+                "stage3_param_persistence_threshold": 0,
+            },
+        }
+
+    def step(self, step_index: int) -> float:
+        """One optimiser step; returns the token mean of the global minibatch's nll before it.
+
+        Raises:
+            NumericalError: the loss is not finite (on every rank).
+        """
+        plan, communicator = self.plan, self._communicator
+        chosen = draw(self._seed, 0, step_index, "train", self._indices, plan.batch_size)
+        num_tokens = int(self._corpus.num_answer_tokens(chosen).sum())
+        mine = cut(chosen, communicator.rank, communicator.world_size)
+        factor = warmup_then_cosine(step_index, plan.num_steps, self._config.warmup_share)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._config.learning_rate * factor
+        local = 0.0
+        scale = communicator.world_size * plan.accumulation_steps / num_tokens
+        for part in micro_batches(mine, plan.micro_batch_size, plan.accumulation_steps):
+            tokens = collate(self._corpus, part)
+            ids, mask = tokens.input_ids.to(communicator.device), tokens.attention_mask.to(communicator.device)
+            with self._accelerator.accumulate(self._engine):
+                logits = self._engine(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                nll = token_nll(logits, ids, tokens.answer_mask.to(communicator.device))[0].sum()
+                self._accelerator.backward(nll * scale)
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+            local += float(nll.detach())
+        loss = float(communicator.all_reduce_sum(torch.tensor([local], dtype=torch.float64))[0]) / num_tokens
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"a training loss of {loss} at step {step_index}",
+                "a finite loss",
+                "lower train.learning_rate or use float32",
+            )
+        return loss
+
+    def finish(self) -> nn.Module:
+        """Detach DeepSpeed from the model and return it in `eval()` mode."""
+        self._accelerator.free_memory()
+        destroy: Callable[[], None] = getattr(self._engine, "destroy", lambda: None)
+        destroy()
+        return self.model.eval()

@@ -1,0 +1,220 @@
+"""One rank's program: what the driver can ask of it, nothing else.
+
+A worker holds at most one opened model, one corpus, one round and one training. Every method is collective
+unless it says otherwise: all ranks must call the same methods in the same order. The step oracle's methods
+are reached through `oracle_call`.
+"""
+
+import gc
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from distributed_unlearn.config import ModelConfig, SaveConfig, TrainConfig
+from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.engine.batches import Indices, RecordScores
+from distributed_unlearn.engine.check import CurvatureCheck, CurvatureReport, check_curvature
+from distributed_unlearn.engine.communicator import Communicator, RankSpec, connect, open_store
+from distributed_unlearn.engine.create import create_checkpoint
+from distributed_unlearn.engine.export import (
+    SurvivingUpdate,
+    measure_surviving_update,
+    write_configuration,
+    write_tokenizer,
+    write_weights,
+)
+from distributed_unlearn.engine.opened_model import ModelFacts, OpenedModel, adopt_model, open_model
+from distributed_unlearn.engine.oracle import RoundSpec, ShardedOracle
+from distributed_unlearn.engine.scoring import score_records
+from distributed_unlearn.engine.training import Trainer, TrainingPlan
+from distributed_unlearn.engine.zero import load_model, prepare_deepspeed
+
+
+@dataclass(frozen=True)
+class CurvatureMode:
+    """How products were computed in the current round."""
+
+    cached: bool | None
+    cached_gib: float
+    """What cached mode keeps on the largest rank, measured; 0 where the mode was given."""
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' chatter and progress bars out of our own output."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("DeepSpeed", "deepspeed", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class Worker:
+    """One rank."""
+
+    def __init__(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        quiet_libraries()
+        self._store: dist.Store | None = None
+        self._communicator: Communicator | None = None
+        self._opened: OpenedModel | None = None
+        self._corpus: EncodedCorpus | None = None
+        self._oracle: ShardedOracle | None = None
+        self._initial: torch.Tensor | None = None
+        self._round_start: torch.Tensor | None = None
+        self._trainer: Trainer | None = None
+        self._stage = 3
+
+    # -- group --------------------------------------------------------------------------------------------
+
+    def open_rendezvous(self, host: str, timeout_seconds: float) -> int:
+        """Rank 0 only: open the store and return its port."""
+        self._store, port = open_store(host, timeout_seconds)
+        return port
+
+    def connect(self, spec: RankSpec, host: str, port: int, timeout_seconds: float, use_gpu: bool) -> None:
+        """Join the group of all ranks."""
+        self._communicator = connect(spec, host, port, self._store, timeout_seconds, use_gpu)
+        prepare_deepspeed(use_gpu)
+
+    def process_id(self) -> int:
+        """This process's id; not collective."""
+        return os.getpid()
+
+    @property
+    def communicator(self) -> Communicator:
+        """The group, once connected."""
+        assert self._communicator is not None, "not connected"
+        return self._communicator
+
+    @property
+    def opened(self) -> OpenedModel:
+        """The model, once opened."""
+        assert self._opened is not None, "no model is open"
+        return self._opened
+
+    # -- model and data -----------------------------------------------------------------------------------
+
+    def open_model(self, config: ModelConfig, dtype: str, zero_stage: int) -> ModelFacts:
+        """Load a checkpoint into partitions; its weights become the ones that updates are measured from."""
+        self.close_model()
+        self._opened = open_model(config, getattr(torch, dtype), zero_stage, self.communicator)
+        self._initial = self.opened.weights.master.detach().cpu().clone()
+        return self.opened.facts()
+
+    def close_model(self) -> None:
+        """Drop the model and everything that hangs on it; not collective."""
+        self._opened = self._oracle = self._initial = self._round_start = self._trainer = None
+        gc.collect()
+
+    def create_checkpoint(self, model_type: str, settings: dict[str, Any], folder: str, seed: int) -> int:
+        """Write a randomly initialised checkpoint; rank 0 only, not collective."""
+        return create_checkpoint(model_type, settings, folder, seed)
+
+    def restore_initial(self) -> None:
+        """Set the weights back to what was loaded, bit for bit."""
+        assert self._initial is not None
+        self.opened.weights.set_master(self._initial.to(self.communicator.device))
+
+    def set_corpus(self, corpus: EncodedCorpus) -> None:
+        """Use this corpus from now on; not collective."""
+        self._corpus = corpus
+
+    def score(self, indices: Indices, micro_batch_size: int) -> RecordScores | None:
+        """Teacher-forced scores of records; rank 0 returns them."""
+        assert self._corpus is not None
+        scores = score_records(self.opened, self._corpus, indices, micro_batch_size)
+        return scores if self.communicator.rank == 0 else None
+
+    def elements_moved(self) -> int:
+        """Elements that collectives have delivered to this rank so far; not collective."""
+        return self.communicator.num_elements_moved
+
+    # -- rounds -------------------------------------------------------------------------------------------
+
+    def begin_round(self, spec: RoundSpec) -> None:
+        """Start a round from the current weights."""
+        assert self._corpus is not None
+        self._oracle = ShardedOracle(self.opened, self._corpus, spec)
+        self._round_start = self.opened.weights.master.detach().cpu().clone()
+
+    def oracle_call(self, method: str, *arguments: Any) -> Any:
+        """A method of the round's `StepOracle`, by name."""
+        assert self._oracle is not None, "no round has begun"
+        return getattr(self._oracle, method)(*arguments)
+
+    def curvature_mode(self) -> CurvatureMode:
+        """How the round's products were computed; not collective."""
+        assert self._oracle is not None
+        return CurvatureMode(self._oracle.cached, self._oracle.cached_bytes / 2**30)
+
+    def round_update_norm(self) -> float:
+        """`||w - w_start||` of the current round."""
+        assert self._round_start is not None
+        weights = self.opened.weights.master
+        return self.opened.space.norm(weights - self._round_start.to(weights.device))
+
+    # -- results ------------------------------------------------------------------------------------------
+
+    def export(self, folder: str, base: ModelConfig, save: SaveConfig) -> SurvivingUpdate:
+        """Write weights, configuration and the base's tokenizer into an existing folder; read back and compare."""
+        assert self._initial is not None
+        opened, path = self.opened, Path(folder)
+        dtype = opened.checkpoint_dtype if save.dtype is None else getattr(torch, save.dtype)
+        max_bytes = int(save.max_shard_gib * 2**30)
+        write_weights(opened, path, dtype, max_bytes)
+        write_configuration(opened, path, dtype)
+        write_tokenizer(opened, base.path, base.revision, path)
+        if save.fp32_master and dtype != torch.float32:
+            master = path / "fp32_master"
+            master.mkdir(exist_ok=True)
+            write_weights(opened, master, torch.float32, max_bytes)
+            write_configuration(opened, master, torch.float32)
+            write_tokenizer(opened, base.path, base.revision, master)
+        return measure_surviving_update(opened, path, dtype, max_bytes, self._initial)
+
+    # -- training -----------------------------------------------------------------------------------------
+
+    def begin_training(
+        self,
+        config: ModelConfig,
+        train: TrainConfig,
+        indices: Indices,
+        zero_stage: int,
+        micro_batch_size: int,
+        seed: int,
+    ) -> TrainingPlan:
+        """Load a checkpoint and put it under DeepSpeed's optimiser."""
+        assert self._corpus is not None
+        self.close_model()
+        dtype = getattr(torch, config.dtype)
+        self._stage = zero_stage
+        model = load_model(config.path, config.revision, dtype, zero_stage, self.communicator.device)
+        self._trainer = Trainer(
+            model, self._corpus, indices, train, zero_stage, micro_batch_size, seed, self.communicator
+        )
+        return self._trainer.plan
+
+    def train_step(self, step_index: int) -> float:
+        """One optimiser step; its loss, nats per token."""
+        assert self._trainer is not None
+        return self._trainer.step(step_index)
+
+    def finish_training(self) -> ModelFacts:
+        """End the training and open the trained model for scoring and export."""
+        assert self._trainer is not None
+        model, self._trainer = self._trainer.finish(), None
+        dtype = next(model.parameters()).dtype
+        self._opened = adopt_model(model, "all", dtype, dtype, self._stage, self.communicator)
+        self._initial = self._opened.weights.master.detach().cpu().clone()
+        return self._opened.facts()
+
+    # -- checks -------------------------------------------------------------------------------------------
+
+    def check_curvature(self, check: CurvatureCheck) -> CurvatureReport | None:
+        """Compare gradient and product with an unsharded float64 reference; rank 0 returns the report."""
+        return check_curvature(self.opened, check)

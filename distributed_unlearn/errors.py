@@ -1,0 +1,68 @@
+"""Errors that a user can act on, each with the exit code that the command line returns for it.
+
+Every message says what was got, what was expected and what to do; the command line prints it without
+a traceback. A bug of ours stays an ordinary exception (exit code 1, with traceback).
+"""
+
+from typing import ClassVar
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us: `got`, `expected` and the `remedy`, in one readable sentence each."""
+
+    exit_code: ClassVar[int] = 2
+    kind: ClassVar[str] = "usage"
+
+    def __init__(self, got: str, expected: str, remedy: str) -> None:
+        super().__init__(got, expected, remedy)  # all three, so that the error survives pickling between processes
+        self.got, self.expected, self.remedy = got, expected, remedy
+
+    def __str__(self) -> str:
+        return f"{self.kind}: got {self.got}; expected {self.expected}. To fix it: {self.remedy}"
+
+
+class ConfigError(UserError):
+    """The job file or an override is wrong: unknown key, wrong type, value out of range, contradiction."""
+
+    exit_code, kind = 3, "configuration"
+
+
+class DataError(UserError):
+    """The records are wrong: missing file or field, unknown ids, overlap, empty set, too long for the context."""
+
+    exit_code, kind = 4, "data"
+
+
+class ModelError(UserError):
+    """The checkpoint is wrong: missing folder, not safetensors, no pad token, NaN in the weights."""
+
+    exit_code, kind = 5, "model"
+
+
+class ResourceError(UserError):
+    """The machine or cluster cannot hold the job: more workers than CPUs or GPUs, no placement in time."""
+
+    exit_code, kind = 6, "resources"
+
+
+class NumericalError(UserError):
+    """A loss, gradient or product is not finite; the weights are as they were before the step."""
+
+    exit_code, kind = 7, "numerics"
+
+
+class WorkerError(UserError):
+    """A worker raised, died or hung. All other workers have been ended; nothing was written."""
+
+    exit_code, kind = 8, "worker"
+
+    def __init__(self, got: str, expected: str, remedy: str, worker_traceback: str = "") -> None:
+        super().__init__(got, expected, remedy)
+        self.args = (got, expected, remedy, worker_traceback)
+        self.worker_traceback = worker_traceback
+
+
+class CheckFailedError(UserError):
+    """A numerical check ran and its error is above the tolerance."""
+
+    exit_code, kind = 9, "check"

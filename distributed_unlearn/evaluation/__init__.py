@@ -1,0 +1,1 @@
+"""Scores of a model on the forget, retain and holdout sets."""

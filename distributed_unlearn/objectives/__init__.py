@@ -1,0 +1,1 @@
+"""What is minimised: sums of per-sequence terms over forget and retain minibatches."""

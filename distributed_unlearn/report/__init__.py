@@ -1,0 +1,1 @@
+"""Progress, logs, figures and pages: reads and writes files, knows no model."""

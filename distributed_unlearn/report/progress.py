@@ -1,0 +1,117 @@
+"""What the user sees while a round runs: a live bar on a terminal, a plain line now and then elsewhere."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from distributed_unlearn.records import StepRecord
+from distributed_unlearn.report.tables import number
+
+PLAIN_EVERY_STEPS = 5
+PLAIN_EVERY_SECONDS = 10.0
+
+
+def forget_distance(terms: Mapping[str, float]) -> float | None:
+    """The objective term that measures how far the forget set is from the holdout set, if there is one."""
+    return next((value for name, value in terms.items() if "forget" in name and "distance" in name), None)
+
+
+def step_fields(record: StepRecord, extra: Mapping[str, float]) -> dict[str, str]:
+    """The columns of one step as short texts; quantities that a solver does not have are left out."""
+    shown: dict[str, float | None] = {
+        "loss": record.loss,
+        "alpha": record.alpha,
+        "gamma": record.gamma,
+        "M": record.cubic_coefficient,
+        "forget distance": forget_distance(record.terms),
+        **extra,
+    }
+    fields = {name: number(value, digits=3) for name, value in shown.items() if value is not None}
+    fields["accepted"] = "yes" if record.accepted else "no"
+    if record.num_rejections:
+        fields["accepted"] += f" after {record.num_rejections} rejected"
+    return fields
+
+
+class RoundProgress:
+    """A bar over the outer steps of one round with the last step's loss, alpha, gamma, M and verdict.
+
+    Where the console is no terminal (a file, a Ray job's log) it prints a line for the first step, then every five
+    steps or ten seconds, so that logs stay short and still show life.
+    """
+
+    def __init__(self, console: Console, total_steps: int, description: str) -> None:
+        self._console, self._total_steps, self._description = console, total_steps, description
+        self._start = self._last_line = time.monotonic()
+        self._num_done = 0
+        self._last_text = ""
+        self._printed = True
+        self._task: TaskID | None = None
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=console,
+            )
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+            self._task = self._progress.add_task(self._description, total=self._total_steps, numbers="")
+        else:
+            self._line(f"{self._description}: at most {self._total_steps} steps")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        elif not self._printed:
+            self._line(self._last_text)
+
+    def update(self, record: StepRecord, extra: Mapping[str, float]) -> None:
+        """Show one more finished step; `extra` adds columns, e.g. `{"retain loss": 0.02}`."""
+        self._num_done += 1
+        numbers = "  ".join(f"{name} {text}" for name, text in step_fields(record, extra).items())
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=self._num_done, numbers=numbers)
+            return
+        elapsed = time.monotonic() - self._start
+        self._last_text = f"{self._description} {self._num_done}/{self._total_steps} {elapsed:.0f} s  {numbers}"
+        self._printed = False
+        first_or_nth = self._num_done == 1 or self._num_done % PLAIN_EVERY_STEPS == 0
+        if first_or_nth or time.monotonic() - self._last_line >= PLAIN_EVERY_SECONDS:
+            self._line(self._last_text)
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._last_line = time.monotonic()
+        self._printed = True
+
+
+@contextmanager
+def stage(console: Console, text: str) -> Iterator[None]:
+    """A long stage: a spinner on a terminal, a plain line elsewhere, and its seconds at the end, failed or not."""
+    start = time.monotonic()
+    verdict = "failed"
+    try:
+        if console.is_terminal:
+            with console.status(text):
+                yield
+        else:
+            console.print(f"{text} ...", markup=False, highlight=False, soft_wrap=True)
+            yield
+        verdict = "done"
+    finally:
+        seconds = time.monotonic() - start
+        console.print(f"{text}: {verdict} in {seconds:.1f} s", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""A round of unlearning and its record."""

@@ -1,0 +1,46 @@
+"""Scores of the current weights on named sets of records, each record scored once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from distributed_unlearn.evaluation.metrics import score_set
+from distributed_unlearn.records import SetScores
+from distributed_unlearn.rounds.group import WorkerGroup
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Per-record scores, sorted by `indices`."""
+
+    indices: np.ndarray
+    nll: np.ndarray
+    num_tokens: np.ndarray
+    num_correct: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> "Scores":
+        """The scores of some of the records."""
+        at = np.searchsorted(self.indices, chosen)
+        return Scores(chosen, self.nll[at], self.num_tokens[at], self.num_correct[at])
+
+    @property
+    def mean_losses(self) -> np.ndarray:
+        """Each record's mean answer loss, nats per token."""
+        return self.nll / self.num_tokens
+
+
+def score(group: WorkerGroup, indices: np.ndarray, micro_batch_size: int) -> Scores:
+    """Score records on all ranks."""
+    found = group.call_all("score", np.unique(indices), micro_batch_size)[0]
+    return Scores(found.indices, found.nll, found.num_tokens, found.num_correct)
+
+
+def evaluate_sets(
+    group: WorkerGroup, sets: Mapping[str, np.ndarray], micro_batch_size: int
+) -> tuple[dict[str, SetScores], Scores]:
+    """Scores of every non-empty set, and the per-record scores they come from."""
+    filled = {name: np.unique(indices) for name, indices in sets.items() if len(indices)}
+    scores = score(group, np.concatenate(list(filled.values())), micro_batch_size)
+    parts = {name: scores.of(indices) for name, indices in filled.items()}
+    return {name: score_set(part.nll, part.num_tokens, part.num_correct) for name, part in parts.items()}, scores

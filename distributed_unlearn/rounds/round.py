@@ -1,0 +1,190 @@
+"""One round: from forget, retain and holdout records to updated weights and a `RoundRecord`.
+
+The round is ordinary mathematics over a worker group: it draws nothing, holds no tensor and knows neither Ray
+nor DeepSpeed.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig
+from distributed_unlearn.data.sampling import draw
+from distributed_unlearn.engine.oracle import RoundSpec
+from distributed_unlearn.errors import NumericalError
+from distributed_unlearn.objectives.objective import build_objective
+from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
+from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, score
+from distributed_unlearn.rounds.group import RemoteOracle, WorkerGroup
+from distributed_unlearn.solvers.first_order import FirstOrder
+from distributed_unlearn.solvers.scurenewton import SCureNewton, SCureNewtonSettings
+from distributed_unlearn.solvers.stopping import StoppingRule
+
+_NUM_PROBE_RECORDS = 64
+"""Retain records whose loss the stopping rule follows; scored only once the forget set matches."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoundTask:
+    """Records and settings of one round."""
+
+    round_index: int
+    forget: np.ndarray
+    retain: np.ndarray
+    holdout: np.ndarray
+    objective: ObjectiveConfig
+    solver: SolverConfig
+    curvature: CurvatureConfig
+    earlier_forget: tuple[np.ndarray, ...] = ()
+    max_evaluated_records: int | None = None
+    on_step: Callable[[StepRecord, dict[str, float]], None] = field(default=lambda record, extra: None)
+
+
+class OuterSolver(Protocol):
+    """Something that takes outer steps."""
+
+    def step(self, step_index: int) -> StepRecord:
+        """Take one step."""
+        ...
+
+
+def _sets(task: RoundTask) -> dict[str, np.ndarray]:
+    sets = {"forget": task.forget, "retain": task.retain, "holdout": task.holdout}
+    for index, earlier in enumerate(task.earlier_forget):
+        sets[f"forget_round_{index}"] = earlier
+    limit = task.max_evaluated_records
+    if limit is None:
+        return sets
+    seed, index = task.solver.seed, task.round_index
+    return {
+        name: draw(seed, index, 0, f"evaluate {name}", indices, limit) if len(indices) else indices
+        for name, indices in sets.items()
+    }
+
+
+def _solver(oracle: RemoteOracle, config: SolverConfig) -> OuterSolver:
+    if config.method != "scurenewton":
+        return FirstOrder(oracle, config.learning_rate)
+    settings = SCureNewtonSettings(
+        inner=config.inner,
+        max_krylov_steps=config.max_krylov_steps,
+        krylov_tolerance=config.krylov_tolerance,
+        inner_steps=config.inner_steps,
+        inner_learning_rate=config.inner_learning_rate,
+        perturbation=config.perturbation,
+        cubic_coefficient=config.cubic_coefficient,
+        adaptive=config.adaptive,
+        adaptation=config.adaptation,
+        acceptance_threshold=config.acceptance_threshold,
+        very_good_threshold=config.very_good_threshold,
+        increase_factor=config.increase_factor,
+        decrease_factor=config.decrease_factor,
+        max_rejections=config.max_rejections,
+    )
+    return SCureNewton(oracle, settings)
+
+
+class _Watch:
+    """Measures what the stopping rule needs, as rarely as it can."""
+
+    def __init__(
+        self, group: WorkerGroup, task: RoundTask, holdout_loss: float | None, scores: Scores, started: float
+    ) -> None:
+        self._group, self._task, self._started = group, task, started
+        self._holdout_loss = holdout_loss if task.solver.stop.forget_matches_holdout else None
+        retain = np.intersect1d(task.retain, scores.indices)
+        self._probe = draw(task.solver.seed, task.round_index, 0, "probe", retain, _NUM_PROBE_RECORDS)
+        stop = task.solver.stop
+        self._tolerance = stop.forget_tolerance_nats
+        self._initial_retain_loss = float(scores.of(np.sort(self._probe)).mean_losses.mean())
+        self._rule = StoppingRule(
+            self._holdout_loss,
+            self._initial_retain_loss,
+            stop.forget_tolerance_nats,
+            stop.retain_tolerance_nats,
+            stop.patience,
+            stop.max_seconds,
+        )
+
+    def after(self, step: int) -> tuple[str | None, dict[str, float]]:
+        """Reason to stop after this step, or None; and what was measured."""
+        measured: dict[str, float] = {}
+        distance, retain_loss = None, float("nan")
+        batch = 2 * self._task.curvature.micro_batch_size
+        if self._holdout_loss is not None and (step + 1) % self._task.solver.stop.check_every_steps:
+            return self._rule.timeout(step, time.monotonic() - self._started), measured
+        if self._holdout_loss is not None:
+            losses = score(self._group, self._task.forget, batch).mean_losses
+            distance = float(np.abs(losses - self._holdout_loss).mean())
+            measured["forget distance"] = distance
+            if distance <= self._tolerance:
+                retain_loss = float(score(self._group, self._probe, batch).mean_losses.mean())
+                measured["retain probe excess"] = retain_loss - self._initial_retain_loss
+        return self._rule.update(step, distance, retain_loss, time.monotonic() - self._started), measured
+
+
+def _take_steps(task: RoundTask, solver: OuterSolver, watch: _Watch) -> tuple[list[StepRecord], str]:
+    steps: list[StepRecord] = []
+    for index in range(task.solver.max_steps):
+        record = solver.step(index)
+        steps.append(record)
+        if not np.isfinite(record.loss) or not np.isfinite(record.gradient_norm):
+            raise NumericalError(
+                f"loss {record.loss} and gradient norm {record.gradient_norm} at step {index} of round "
+                f"{task.round_index}",
+                "finite values",
+                "the weights are as before the step; use float32, a smaller learning rate or a bounded objective",
+            )
+        reason, measured = watch.after(index)
+        task.on_step(record, measured)
+        if reason is not None:
+            return steps, reason
+    return steps, f"max_steps: all {task.solver.max_steps} steps were taken"
+
+
+def run_round(group: WorkerGroup, task: RoundTask) -> RoundRecord:
+    """Run one round on the group's current weights and leave the new weights there.
+
+    Raises:
+        NumericalError: a loss or gradient that is not finite; the weights are those before the step.
+    """
+    batch = 2 * task.curvature.micro_batch_size
+    before, scores = evaluate_sets(group, _sets(task), batch)
+    holdout_loss = before["holdout"].loss_nats_per_token if "holdout" in before else None
+    reference: dict[int, float] = {}
+    if build_objective(task.objective, holdout_loss).needs_reference:
+        found = score(group, task.forget, batch)
+        reference = {int(index): float(nll) for index, nll in zip(found.indices, found.nll, strict=True)}
+    spec = RoundSpec(
+        task.round_index,
+        task.forget,
+        task.retain,
+        task.objective,
+        task.solver,
+        task.curvature,
+        holdout_loss,
+        reference,
+    )
+    group.call_all("begin_round", spec)
+    stepping = time.monotonic()
+    watch = _Watch(group, task, holdout_loss, scores, stepping)
+    steps, reason = _take_steps(task, _solver(RemoteOracle(group), task.solver), watch)
+    wall_seconds = time.monotonic() - stepping
+    after: dict[str, SetScores] = evaluate_sets(group, _sets(task), batch)[0]
+    return RoundRecord(
+        round_index=task.round_index,
+        num_forget_records=len(task.forget),
+        num_retain_records=len(task.retain),
+        holdout_loss_nats_per_token=holdout_loss,
+        stop_reason=reason,
+        num_steps=len(steps),
+        num_products=sum(step.num_products for step in steps),
+        update_norm=group.call_all("round_update_norm")[0],
+        wall_seconds=wall_seconds,
+        steps=tuple(steps),
+        before=before,
+        after=after,
+    )

@@ -1,0 +1,57 @@
+"""A training run on a worker group: fine-tuning, or the retrained reference."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distributed_unlearn.checkpoints import complete_folder
+from distributed_unlearn.config import ModelConfig, SaveConfig, TrainConfig
+from distributed_unlearn.rounds.group import WorkerGroup
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingTask:
+    """What to train on and how."""
+
+    model: ModelConfig
+    train: TrainConfig
+    indices: np.ndarray
+    zero_stage: int
+    micro_batch_size: int
+    seed: int
+    destination: Path
+    save: SaveConfig
+    overwrite: bool
+    on_start: Callable[[int], None]
+    """Called with the number of steps."""
+    on_step: Callable[[int, float], None]
+    """Called with step and loss."""
+
+
+def run_training(group: WorkerGroup, task: TrainingTask) -> list[float]:
+    """Train, leave the trained model open on the workers and write it to `task.destination`.
+
+    Returns:
+        The loss of every step, nats per token of the global minibatch.
+    """
+    plan = group.call_all(
+        "begin_training",
+        task.model,
+        task.train,
+        task.indices,
+        task.zero_stage,
+        task.micro_batch_size,
+        task.seed,
+    )[0]
+    task.on_start(plan.num_steps)
+    losses = []
+    for step in range(plan.num_steps):
+        loss = group.call_all("train_step", step)[0]
+        losses.append(loss)
+        task.on_step(step, loss)
+    group.call_all("finish_training")
+    with complete_folder(task.destination, task.overwrite) as staging:
+        group.call_all("export", str(staging), task.model, task.save)
+    return losses

@@ -1,0 +1,1 @@
+"""Pure mathematics over protocols: no process groups, no files, no logs."""

@@ -1,0 +1,119 @@
+"""cluster.yaml against Ray's own schema (no cloud is called), its security rules, and every recipe in jobs/."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distributed_unlearn.config import load_job
+
+ROOT = Path(__file__).resolve().parents[1]
+CLUSTER = ROOT / "cluster.yaml"
+RECIPES = sorted((ROOT / "jobs").glob("*.yaml"))
+
+
+@pytest.fixture
+def validate(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # before ray is imported, or it writes a token into the home folder
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    # prepare_config fills the provider's defaults in, as `ray up` does; validate_config alone refuses good files.
+    return lambda config: validate_config(prepare_config(copy.deepcopy(config)))
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(CLUSTER.read_text(encoding="utf-8"))
+    return loaded
+
+
+def test_ray_accepts_the_file(validate, cluster):
+    validate(cluster)
+
+
+def _misspell_key(config: dict[str, Any]) -> None:
+    config["file_mount"] = config.pop("file_mounts")
+
+
+def _drop_head(config: dict[str, Any]) -> None:
+    del config["head_node_type"]
+
+
+def _name_unknown_head(config: dict[str, Any]) -> None:
+    config["head_node_type"] = "heads"
+
+
+def _use_fractional_cpu(config: dict[str, Any]) -> None:
+    config["available_node_types"]["head"]["resources"]["CPU"] = 0.5
+
+
+@pytest.mark.parametrize("break_it", [_misspell_key, _drop_head, _name_unknown_head, _use_fractional_cpu])
+def test_ray_refuses_a_broken_file(validate, cluster, break_it):
+    break_it(cluster)
+    with pytest.raises(Exception):  # noqa: B017 - ray raises jsonschema, ValueError and its own errors
+        validate(cluster)
+
+
+def test_on_premises_variant_is_accepted(validate, cluster):
+    commented = re.search(r"# >>> on-premises\n(.*?)# <<< on-premises", CLUSTER.read_text(encoding="utf-8"), re.DOTALL)
+    assert commented is not None
+    variant = yaml.safe_load(re.sub(r"^# ?", "", commented.group(1), flags=re.MULTILINE))
+    for key in ("provider", "auth", "max_workers", "available_node_types", "head_node_type", "head_setup_commands"):
+        del cluster[key]
+    validate({**cluster, **variant})
+
+
+def test_start_commands_use_the_token_and_loopback(cluster):
+    for role in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [command for command in cluster[role] if "ray start" in command]
+        assert len(starts) == 1
+        assert re.match(r"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=\S+;", starts[0]), role
+    assert "--dashboard-host=127.0.0.1" in " ".join(cluster["head_start_ray_commands"])
+    assert "0.0.0.0" not in CLUSTER.read_text(encoding="utf-8")
+
+
+def test_token_reaches_all_nodes_with_tight_permissions(cluster):
+    remote = "/home/ray/.ray/auth_token"
+    assert cluster["file_mounts"][remote] == "~/.ray/auth_token"
+    assert f"chmod 600 {remote}" in " ".join(cluster["setup_commands"])
+
+
+def test_gang_is_fixed_on_demand_and_off_the_head(cluster):
+    gang = cluster["available_node_types"]["gpu"]
+    assert gang["min_workers"] == gang["max_workers"] == cluster["max_workers"] > 0
+    assert cluster["available_node_types"]["head"]["resources"]["CPU"] == 0
+    assert "," not in cluster["provider"]["availability_zone"]
+    text = CLUSTER.read_text(encoding="utf-8")
+    assert "InstanceMarketOptions" not in text and "ray-wheels" not in text and "nightly" not in text
+    assert any(option.startswith("--shm-size=") for option in cluster["docker"]["run_options"])
+
+
+def test_image_has_the_pinned_ray(cluster):
+    constraints = ROOT / "constraints.txt"
+    pinned = re.search(r"^ray(?:\[\w+\])?==(\S+)", constraints.read_text(encoding="utf-8"), re.MULTILINE)
+    assert pinned is not None, "constraints.txt does not pin ray"
+    assert cluster["docker"]["image"].startswith(f"rayproject/ray:{pinned.group(1)}-")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_a_valid_job(recipe):
+    job = load_job(recipe, [])
+    assert job.unlearns or job.train is not None
+    assert job.output.startswith("runs/")
+
+
+def test_recipes_fit_together():
+    train, retrain, unlearn = (
+        load_job(ROOT / "jobs" / f"smollm2_tofu_{name}.yaml", []) for name in ("train", "retrain", "unlearn")
+    )
+    assert train.train is not None and retrain.train is not None
+    assert retrain.train.exclude_forget and not train.train.exclude_forget
+    assert retrain.train.model_copy(update={"exclude_forget": False}) == train.train
+    assert train.holdout == retrain.holdout == unlearn.holdout
+    assert retrain.forget == unlearn.forget
+    assert unlearn.model.path.startswith(train.output + "/")
+    assert unlearn.retrained is not None and unlearn.retrained.startswith(retrain.output + "/")

@@ -1,0 +1,208 @@
+"""Job files are validated strictly: nothing unknown, nothing out of range, nothing rewritten."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from distributed_unlearn.config import JobConfig, load_job, parse_job
+from distributed_unlearn.errors import ConfigError
+
+JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
+SMALLEST = {
+    "model": {"path": "checkpoint"},
+    "data": {"path": "records.jsonl"},
+    "forget": {"subjects": ["person-0001"]},
+    "holdout": {"record_ids": ["r1"]},
+    "output": "runs/one",
+}
+
+
+def job(**sections):
+    """The smallest job with sections replaced; None removes one."""
+    tree = copy.deepcopy(SMALLEST) | sections
+    return {key: value for key, value in tree.items() if value is not None}
+
+
+def refuse(tree):
+    with pytest.raises(ConfigError) as caught:
+        parse_job(tree, "job.yaml")
+    assert caught.value.exit_code == 3 and "job.yaml" in str(caught.value)
+    return str(caught.value)
+
+
+def test_smallest_job_and_its_defaults():
+    config = parse_job(job(), "job.yaml")
+    assert config.unlearns and len(config.forget_rounds) == 1
+    assert config.objective.name == "holdout_matched" and config.solver.method == "scurenewton"
+    assert config.cluster.zero_stage == 3 and config.data.format == "question_answer"
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_every_job_file_parses(path):
+    load_job(path, [])
+
+
+def test_there_are_job_files_to_parse():
+    assert JOBS, "the glob found nothing, so the test above ran for no file"
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("solver", "max_step"), ("data", "question"), ("model", "trust_remote_code"), ("cluster", "workers")],
+)
+def test_unknown_key_of_a_section_is_refused_by_name(section, key):
+    message = refuse(job(**{section: SMALLEST.get(section, {}) | {key: 1}}))
+    assert f"{section}.{key}" in message and "does not exist" in message
+
+
+def test_unknown_section_is_refused():
+    assert "optimizer" in refuse(job(optimizer={}))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("solver", "cubic_coefficient", 0.0),
+        ("solver", "gradient_batch", 0),
+        ("solver", "acceptance_threshold", 1.0),
+        ("solver", "increase_factor", 1.0),
+        ("solver", "seed", -1),
+        ("solver", "method", "newton"),
+        ("solver", "max_krylov_steps", 201),
+        ("solver", "max_steps", "many"),
+        ("objective", "forget_weight", -0.5),
+        ("objective", "beta", 0),
+        ("objective", "name", "kl"),
+        ("curvature", "micro_batch_size", 0),
+        ("curvature", "memory_budget_gib", 0),
+        ("cluster", "zero_stage", 4),
+        ("cluster", "num_workers", 0),
+        ("data", "max_length", 7),
+        ("data", "too_long", "cut"),
+        ("data", "format", "jsonl"),
+        ("model", "dtype", "float16"),
+        ("save", "max_shard_gib", 0),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(section, key, value):
+    assert f"{section}.{key}" in refuse(job(**{section: SMALLEST.get(section, {}) | {key: value}}))
+
+
+@pytest.mark.parametrize("section", ["model", "data", "output"])
+def test_missing_section_is_refused_by_name(section):
+    assert f"{section}: Field required" in refuse(job(**{section: None}))
+
+
+def test_all_complaints_come_at_once():
+    message = refuse(job(solver={"seed": -1, "typo": 1}, output=None))
+    assert "3 problem(s)" in message and "solver.seed" in message and "solver.typo" in message and "output" in message
+
+
+def test_contradictions_are_refused_with_a_remedy():
+    assert "both forget and rounds" in refuse(job(rounds=[{"subjects": ["person-0002"]}]))
+    assert "rounds is empty" in refuse(job(forget=None, rounds=[]))
+    assert "path is for holdout only" in refuse(job(forget={"path": "other.jsonl"}))
+    assert "path is for holdout only" in refuse(job(forget=None, rounds=[{"path": "other.jsonl"}]))
+    assert "empty selection" in refuse(job(forget={"subjects": []}))
+    assert "need a holdout selection" in refuse(job(holdout=None))
+    assert "curvature_batch is larger than gradient_batch" in refuse(
+        job(solver={"gradient_batch": 8, "curvature_batch": 9})
+    )
+    assert "very_good_threshold is below" in refuse(job(solver={"acceptance_threshold": 0.8}))
+    assert "exactly one worker" in refuse(job(cluster={"backend": "in_process"}))
+
+
+def test_batches_of_equal_size_and_one_process_are_allowed():
+    parse_job(job(solver={"gradient_batch": 8, "curvature_batch": 8}), "job.yaml")
+    parse_job(job(cluster={"backend": "in_process", "num_workers": 1}), "job.yaml")
+
+
+def test_holdout_may_be_absent_where_nothing_needs_it():
+    parse_job(job(holdout=None, objective={"name": "npo"}, solver={"stop": {"forget_matches_holdout": False}}), "x")
+    assert not parse_job(job(holdout=None, train={}), "x").unlearns
+    assert not parse_job(job(forget=None, holdout=None), "x").unlearns
+    assert parse_job(job(forget=None, holdout=None), "x").forget_rounds == ()
+
+
+def test_rounds_keep_their_order():
+    config = parse_job(job(forget=None, rounds=[{"subjects": ["b"]}, {"subjects": ["a"]}]), "x")
+    assert [selection.subjects for selection in config.forget_rounds] == [("b",), ("a",)]
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        job(),
+        job(
+            solver={"cubic_coefficient": 400, "very_good_threshold": 1.0, "stop": {"patience": 5}},
+            data={"path": "a/../b.jsonl", "max_length": 8, "label_names": ["x", "y"], "prompt_template": " {prompt} "},
+            model={"path": "m", "trainable": ["*.mlp.*"]},
+            cluster={"num_workers": 64, "zero_stage": 0},
+        ),
+    ],
+)
+def test_no_value_is_ever_rewritten(tree):
+    config = parse_job(tree, "x")
+    given = config.model_dump(mode="json", exclude_unset=True)
+    assert given == tree
+    assert JobConfig.model_validate(config.model_dump(mode="json")) == config
+    assert JobConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_configuration_is_frozen():
+    config = parse_job(job(), "x")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.solver.max_steps = 3
+    with pytest.raises(ValidationError, match="frozen"):
+        config.output = "elsewhere"
+
+
+def write_job(tmp_path, text):
+    path = tmp_path / "job.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_overrides_reach_the_named_values_with_yaml_types(tmp_path):
+    path = write_job(tmp_path, yaml.safe_dump(job()))
+    overrides = ["solver.max_steps=7", "solver.stop.patience=3", "model.trainable=['*.mlp.*']", "data.name=null"]
+    config = load_job(path, [*overrides, "output=a=b", "cluster.address=1.2.3.4:5", "solver.adaptive=false"])
+    assert (config.solver.max_steps, config.solver.stop.patience, config.solver.adaptive) == (7, 3, False)
+    assert config.model.trainable == ("*.mlp.*",) and config.data.name is None
+    assert config.output == "a=b" and config.cluster.address == "1.2.3.4:5"
+    assert load_job(path, ["solver.max_steps=1", "solver.max_steps=2"]).solver.max_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("solver.max_steps", "section.key=value"),
+        ("=3", "section.key=value"),
+        ("output.deep=3", "'output' to be a section"),
+        ("solver.max_steps=[1", "YAML value"),
+        ("solver.typo=1", "solver.typo"),
+        ("solver.max_steps=0", "solver.max_steps"),
+    ],
+)
+def test_bad_overrides_are_refused(tmp_path, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_job(write_job(tmp_path, yaml.safe_dump(job())), [override])
+    assert message in str(caught.value) and caught.value.exit_code == 3
+
+
+def test_bad_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="gone.yaml.*check the path"):
+        load_job(tmp_path / "gone.yaml", [])
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_job(write_job(tmp_path, "model: [unclosed"), [])
+    with pytest.raises(ConfigError, match="YAML mapping"):
+        load_job(write_job(tmp_path, "- model\n- data\n"), [])
+    with pytest.raises(ConfigError, match="YAML mapping"):
+        load_job(write_job(tmp_path, ""), [])
+
+
+def test_messages_never_repeat_the_given_value():
+    assert "zanzibarium" not in refuse(job(solver={"max_steps": "zanzibarium"}))

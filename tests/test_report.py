@@ -1,0 +1,303 @@
+"""Run log, progress, tables, figures and page: what they write, and what they must never do."""
+
+import dataclasses
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from distributed_unlearn.errors import DataError
+from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
+from distributed_unlearn.report import progress as progress_module
+from distributed_unlearn.report.figures import comparison_figure, draw_steps, find_retrained, steps_figure
+from distributed_unlearn.report.page import write_page
+from distributed_unlearn.report.progress import RoundProgress, stage
+from distributed_unlearn.report.run_log import RunLog
+from distributed_unlearn.report.tables import MethodRow, comparison_table, number, plan_table, round_table
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+FIRST_ORDER = {
+    name: None
+    for name in ("alpha", "gamma", "cubic_coefficient", "smallest_ritz_value", "largest_ritz_value", "residual")
+    + ("predicted_reduction", "actual_reduction", "acceptance_ratio")
+}
+
+
+def step_record(step: int, accepted: bool = True) -> StepRecord:
+    return StepRecord(
+        step=step,
+        loss=3.0 / (step + 1),
+        gradient_norm=1.0,
+        alpha=0.2,
+        gamma=10.0,
+        cubic_coefficient=100.0,
+        update_norm=0.2 if accepted else 0.0,
+        smallest_ritz_value=-0.1,
+        largest_ritz_value=3.0,
+        residual=0.01,
+        predicted_reduction=0.1,
+        actual_reduction=0.08 if accepted else -5.0,
+        acceptance_ratio=0.8 if accepted else -50.0,
+        accepted=accepted,
+        num_rejections=0 if accepted else 8,
+        num_krylov_steps=3,
+        num_products=3,
+        result="CONVERGED",
+        wall_seconds=1.5,
+        terms={"forget_distance_nats_per_token": 1.0 / (step + 1)},
+    )
+
+
+def set_scores(accuracy: float) -> SetScores:
+    return SetScores(num_records=40, num_answer_tokens=900, loss_nats_per_token=1.25, exact_memorisation=accuracy)
+
+
+def all_sets(*accuracies: float) -> dict[str, SetScores]:
+    return {name: set_scores(value) for name, value in zip(("forget", "retain", "holdout"), accuracies, strict=True)}
+
+
+ROWS = [
+    MethodRow("original", all_sets(1.0, 0.99, 0.4), 0.38, None, None),
+    MethodRow("retrained model", all_sets(0.4, 0.99, 0.4), 1.0, 900.0, None, "reference"),
+    MethodRow("scurenewton", all_sets(0.42, 0.97, 0.4), 0.96, 65.4, 1230, "[bold] <script>"),
+]
+STEPS = (step_record(0), step_record(1, accepted=False), step_record(2))
+ROUND = RoundRecord(
+    round_index=0,
+    num_forget_records=40,
+    num_retain_records=360,
+    holdout_loss_nats_per_token=3.1,
+    stop_reason="max_steps <u>&amp;",
+    num_steps=3,
+    num_products=9,
+    update_norm=0.3,
+    wall_seconds=12.0,
+    steps=STEPS,
+    before=ROWS[0].scores,
+    after={**ROWS[2].scores, "forget_round_0": set_scores(0.41)},
+    tug_of_war=0.96,
+)
+
+
+def console(terminal: bool = False) -> tuple[Console, io.StringIO]:
+    buffer = io.StringIO()
+    return Console(file=buffer, force_terminal=terminal, width=200, color_system=None), buffer
+
+
+def shown(renderable: object) -> str:
+    out, buffer = console()
+    out.print(renderable)
+    return buffer.getvalue()
+
+
+def test_run_log_writes_json_lines_and_tensorboard(tmp_path):
+    with RunLog(tmp_path / "run") as log:
+        log.log("step", 0, dataclasses.asdict(step_record(0)))
+        lines = log.path.read_text(encoding="utf-8").splitlines()  # flushed before close
+        assert len(lines) == 1
+        log.log("round", 0, {"after": {"forget": {"loss": 3.0}}, "reason": "patience"})
+    first, second = (json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines())
+    assert first["kind"] == "step" and first["step"] == 0 and first["elapsed_seconds"] >= 0.0
+    assert first["values"] == dataclasses.asdict(step_record(0))
+    assert "non_finite" not in first
+    assert second["values"] == {"after": {"forget": {"loss": 3.0}}, "reason": "patience"}
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"step/loss", "step/terms/forget_distance_nats_per_token", "round/after/forget/loss"} <= set(tags)
+    assert events.Scalars("step/loss")[0].value == pytest.approx(3.0)
+    assert "step/result" not in tags
+
+
+def test_run_log_turns_non_finite_numbers_into_null_and_says_so(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.log("step", 1, {"loss": math.nan, "terms": {"a": math.inf, "b": 1.0}, "list": [1.0, -math.inf]})
+    text = log.path.read_text(encoding="utf-8")
+    assert "NaN" not in text and "Infinity" not in text
+    line = json.loads(text)
+    assert line["values"] == {"loss": None, "terms": {"a": None, "b": 1.0}, "list": [1.0, None]}
+    assert line["non_finite"] == {"loss": "nan", "terms.a": "inf", "list.1": "-inf"}
+
+
+def test_run_log_appends_and_closes_a_line_cut_off_by_a_crash(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.log("step", 0, {"loss": 1.0})
+    with log.path.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "st')
+    with RunLog(tmp_path) as log:
+        log.log("step", 1, {"loss": 2.0})
+    lines = log.path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3 and json.loads(lines[2])["values"] == {"loss": 2.0}
+
+
+def test_run_log_refuses_objects_and_writes_nothing_then(tmp_path):
+    with RunLog(tmp_path) as log:
+        with pytest.raises(TypeError, match="cannot log object at 'a.b'"):
+            log.log("step", 0, {"a": {"b": object()}})
+    assert log.path.read_text(encoding="utf-8") == ""
+
+
+def test_progress_prints_few_plain_lines_without_a_terminal():
+    out, buffer = console()
+    with RoundProgress(out, 12, "round 0") as bar:
+        for step in range(12):
+            bar.update(step_record(step, accepted=step != 4), {"retain loss": 0.02})
+    lines = buffer.getvalue().splitlines()
+    assert [line.split()[2] for line in lines[1:]] == ["1/12", "5/12", "10/12", "12/12"]  # the last one always shows
+    assert "alpha 0.200" in lines[1] and "gamma 10.0" in lines[1] and "M 100" in lines[1]
+    assert "forget distance 1.00" in lines[1] and "retain loss 0.0200" in lines[1] and "accepted yes" in lines[1]
+    assert "accepted no after 8 rejected" in lines[2]
+
+
+def test_progress_prints_after_ten_seconds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    out, buffer = console()
+    with RoundProgress(out, 12, "round 0") as bar:
+        for step, moment in enumerate((1.0, 2.0, 11.5, 12.0)):
+            now[0] = moment
+            bar.update(step_record(step), {})
+        assert [line.split()[2] for line in buffer.getvalue().splitlines()[1:]] == ["1/12", "3/12"]
+
+
+def test_progress_shows_a_first_order_step_and_a_terminal_bar():
+    out, buffer = console(terminal=True)
+    with RoundProgress(out, 3, "round 0") as bar:
+        bar.update(dataclasses.replace(step_record(0), terms={}, **FIRST_ORDER), {})
+    last = buffer.getvalue()
+    assert "1/3" in last and "loss 3.00" in last and "alpha" not in last
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_stage_says_how_long_and_whether_it_failed(terminal):
+    out, buffer = console(terminal)
+    with stage(out, "loading"):
+        pass
+    with pytest.raises(RuntimeError), stage(out, "saving"):
+        raise RuntimeError
+    assert re.search(r"loading: done in \d+\.\d s", buffer.getvalue())
+    assert re.search(r"saving: failed in \d+\.\d s", buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (1230, "1,230"),
+        (0.0, "0"),
+        (0.03, "0.03000"),
+        (1.0, "1.000"),
+        (99999.0, "99999"),
+        (1e-6, "1.000e-06"),
+    ]
+    + [(-2.5, "-2.500"), (math.nan, "nan"), (-math.inf, "-inf")],
+)
+def test_number(value, text):
+    assert number(value) == text
+
+
+def test_tables_show_every_quantity_and_take_no_markup():
+    text = shown(comparison_table(ROWS))
+    for cell in ("retrained model", "0.970", "0.960", "65.4", "1,230", "[bold] <script>", "–"):
+        assert cell in text
+    text = shown(round_table(ROUND))
+    assert "forget_round_0" in text and "ToW 0.960" in text and "max_steps" in text
+    assert "134.5 M" in shown(plan_table([("parameters", "134.5 M", "trainable")]))
+
+
+def test_find_retrained():
+    assert find_retrained(ROWS) is ROWS[1]
+    assert find_retrained(ROWS[:1]) is None
+
+
+def test_figures_are_pngs_and_differ_with_the_data(tmp_path):
+    first, second = tmp_path / "new" / "a.png", tmp_path / "b.png"
+    comparison_figure(ROWS, first)
+    comparison_figure(ROWS[:1], second)
+    assert first.read_bytes()[:8] == second.read_bytes()[:8] == PNG_MAGIC
+    assert first.read_bytes() != second.read_bytes()
+    steps_figure(STEPS, first)
+    assert first.read_bytes()[:8] == PNG_MAGIC
+
+
+def test_rejected_steps_carry_a_cross_and_only_finite_values_are_drawn():
+    bad = dataclasses.replace(step_record(3), loss=math.nan, actual_reduction=-math.inf)
+    lines = [line for axes in draw_steps([*STEPS, bad]).axes for line in axes.lines]
+    crosses = [line for line in lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert len(crosses) == 7  # loss, distance, alpha, gamma, M, predicted, actual; the applied length has none
+    assert all(list(line.get_xdata()) == [1] for line in crosses)
+    dots = [line for line in lines if line.get_marker() in ("o", "s")]
+    assert len(dots) == 8 and all(1 not in line.get_xdata() for line in dots)
+    assert all(math.isfinite(value) for line in lines for value in line.get_ydata())
+    assert draw_steps(STEPS[:1])._suptitle is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_survive_missing_and_non_finite_values(tmp_path):
+    bad = dataclasses.replace(step_record(3), loss=math.nan, actual_reduction=-math.inf, terms={})
+    steps_figure([*STEPS, bad], tmp_path / "bad.png")
+    steps_figure([dataclasses.replace(step_record(0), **FIRST_ORDER)], tmp_path / "first_order.png")
+    steps_figure([], tmp_path / "empty.png")
+    rows = [dataclasses.replace(row, tug_of_war=None, scores={"forget": set_scores(0.5)}) for row in ROWS]
+    comparison_figure(rows, tmp_path / "partial.png")
+
+
+class _Checker(HTMLParser):
+    """Collects tags, addresses and text, and checks that tags are balanced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href") and value]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_is_self_contained_balanced_and_escaped(tmp_path):
+    image = tmp_path / "comparison.png"
+    comparison_figure(ROWS, image)
+    path = tmp_path / "new" / "report.html"
+    write_page(path, "Title <b>", ["one & <i>two</i>"], ROWS, [ROUND], [image])
+    source = path.read_text(encoding="utf-8")
+    checker = _Checker()
+    checker.feed(source)
+    assert checker.open == []
+    assert checker.addresses and all(address.startswith("data:image/png;base64,") for address in checker.addresses)
+    assert not checker.tags & {"script", "b", "i", "u", "link", "iframe"}
+    assert {"details", "table", "img"} <= checker.tags
+    assert "http" not in source and "url(" not in source and "@import" not in source
+    assert "prefers-color-scheme: dark" in source
+    for text in (
+        "Title <b>",
+        "one & <i>two</i>",
+        "[bold] <script>",
+        "max_steps <u>&amp;",
+        "0.960",
+        "3 steps",
+        "CONVERGED",
+    ):
+        assert text in checker.text
+
+
+def test_page_refuses_a_missing_image(tmp_path):
+    with pytest.raises(DataError, match="an existing PNG file"):
+        write_page(tmp_path / "report.html", "t", [], [], [], [tmp_path / "none.png"])
