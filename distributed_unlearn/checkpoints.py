@@ -1,7 +1,8 @@
 """Folders that are complete or absent, the record beside a result, and its model card.
 
 A result is written into a hidden folder beside its destination, flushed, and renamed when complete: a crash
-at any instant leaves the destination as it was.
+leaves the destination as it was. Only a machine that stops between the two renames of a replacement leaves the
+old folder under its hidden name, `.NAME.replaced-*`.
 """
 
 import hashlib
@@ -63,7 +64,11 @@ def complete_folder(destination: Path, overwrite: bool) -> Iterator[Path]:
         if destination.exists():
             old = destination.with_name(f".{destination.name}.replaced-{tag}")
             destination.rename(old)
-            staging.rename(destination)
+            try:
+                staging.rename(destination)
+            except BaseException:
+                old.rename(destination)
+                raise
             shutil.rmtree(old)
         else:
             staging.rename(destination)

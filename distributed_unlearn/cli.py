@@ -93,7 +93,7 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> None:
         run_demo(settings, cluster, arguments.output, arguments.overwrite, console)
     else:
         from distributed_unlearn.commands.check import run_curvature_check
-        from distributed_unlearn.engine.check import CurvatureCheck
+        from distributed_unlearn.engine.specs import CurvatureCheck
 
         check = CurvatureCheck(
             batch_size=arguments.batch_size,
@@ -120,7 +120,9 @@ def _cluster(arguments: argparse.Namespace, address: str | None) -> ClusterConfi
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    console, errors = Console(), Console(stderr=True)
+    # Where there is no terminal to ask (a file, a Ray job's log), rich would fold tables at 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    errors = Console(stderr=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)  # so that workers end and staging folders vanish
     try:

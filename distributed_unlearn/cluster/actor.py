@@ -8,8 +8,6 @@ from typing import Any
 
 import ray
 
-from distributed_unlearn.engine.worker import Worker
-
 
 @dataclass(frozen=True)
 class Placement:
@@ -39,6 +37,9 @@ class RankActor:
         # Before DeepSpeed looks for an accelerator: without a GPU it must not guess.
         if not ray.get_gpu_ids():
             os.environ["DS_ACCELERATOR"] = "cpu"
+        # Imported here for the same reason: DeepSpeed looks when it is imported.
+        from distributed_unlearn.engine.worker import Worker
+
         self._worker = Worker(num_threads)
         self._call_index, self._started = 0, time.monotonic()
         self._method: str | None = None

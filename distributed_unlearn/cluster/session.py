@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    handler = signal.getsignal(signal.SIGTERM)
     if address is None:
         cpus = os.cpu_count() or 1
         if config.num_workers * config.cpus_per_worker > cpus:
@@ -49,6 +51,8 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
                 "a running cluster, with RAY_AUTH_MODE and the token set as on its nodes",
                 "check cluster.address and RAY_AUTH_MODE, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",
             ) from error
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)  # Ray's own, set by init, aborts the process before anything is ended
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from rich.console import Console
 from distributed_unlearn.checkpoints import require_safetensors
 from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import ClusterConfig, ModelConfig
-from distributed_unlearn.engine.check import CurvatureCheck
+from distributed_unlearn.engine.specs import CurvatureCheck
 from distributed_unlearn.errors import CheckFailedError
 from distributed_unlearn.report.tables import number, plan_table
 

@@ -3,9 +3,10 @@
 import torch
 from rich.console import Console
 
+from distributed_unlearn.commands.train import prepare_training
 from distributed_unlearn.commands.unlearn import describe_data, prepare_job
 from distributed_unlearn.config import JobConfig
-from distributed_unlearn.data.prepare import PreparedData, load_model_config, prepare_data
+from distributed_unlearn.data.prepare import PreparedData, load_model_config
 from distributed_unlearn.data.sampling import num_micro_batches
 from distributed_unlearn.engine.estimate import (
     MemoryEstimate,
@@ -22,10 +23,7 @@ Row = tuple[str, str, str]
 
 def run_plan(job: JobConfig, console: Console) -> None:
     """Print the estimate; every mistake that `run` would refuse before loading weights is refused here too."""
-    if job.train is not None:
-        prepared = prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
-    else:
-        prepared = prepare_job(job)
+    prepared = prepare_job(job) if job.train is None else prepare_training(job)
     hf_config = load_model_config(job.model)
     cluster = job.cluster
     size = measure_model(hf_config, job.model.trainable, cluster.num_workers, cluster.zero_stage)

@@ -11,7 +11,7 @@ from distributed_unlearn.commands.job_record import finite, redacted_config
 from distributed_unlearn.commands.unlearn import describe_data
 from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import JobConfig
-from distributed_unlearn.data.prepare import prepare_data
+from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.rounds.evaluate import evaluate_sets
 from distributed_unlearn.rounds.training import TrainingTask, run_training
@@ -51,6 +51,17 @@ class TrainingProgress:
         self._progress.stop()
 
 
+def prepare_training(job: JobConfig) -> PreparedData:
+    """Everything that can be refused before a weight is loaded.
+
+    Raises:
+        ConfigError, DataError, ModelError: see the parts.
+    """
+    refuse_existing(Path(job.output) / "checkpoint", job.overwrite)
+    require_safetensors(job.model.path)
+    return prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
+
+
 def run_training_job(job: JobConfig, console: Console) -> None:
     """Train, score and write the checkpoint.
 
@@ -59,9 +70,7 @@ def run_training_job(job: JobConfig, console: Console) -> None:
     """
     assert job.train is not None
     folder = Path(job.output)
-    refuse_existing(folder / "checkpoint", job.overwrite)
-    require_safetensors(job.model.path)
-    prepared = prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
+    prepared = prepare_training(job)
     console.print(describe_data(prepared), markup=False, highlight=False)
     partition = prepared.partition
     last = len(partition.forget_rounds) - 1

@@ -17,8 +17,10 @@ def open_group(config: ClusterConfig) -> Iterator[WorkerGroup]:
     """
     # Imported here: Ray and DeepSpeed take seconds, which a refused job file should not cost.
     if config.backend == "in_process":
-        if config.use_gpu == "never":
-            os.environ["DS_ACCELERATOR"] = "cpu"
+        import torch
+
+        if config.use_gpu == "never" or not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for an accelerator by itself
         from distributed_unlearn.cluster.in_process import InProcessGroup
 
         group = InProcessGroup(config)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from distributed_unlearn.config import DataConfig, ModelConfig, SelectionConfig
 from distributed_unlearn.data.corpus import load_records
 from distributed_unlearn.data.encoding import EncodedCorpus, EncodingReport, encode_records, join
-from distributed_unlearn.data.selection import Partition, partition_records
+from distributed_unlearn.data.selection import Partition, partition_records, read_ids
 from distributed_unlearn.errors import ConfigError, ModelError
 
 
@@ -90,7 +90,7 @@ def prepare_data(
     tokenizer = load_tokenizer(model)
     records = load_records(data)
     subjects = {name for selection in forget for name in selection.subjects}
-    named = {name for selection in forget for name in selection.record_ids}
+    named = {name for selection in forget for name in (*selection.record_ids, *read_ids(selection.ids_file))}
     protected = frozenset(r.record_id for r in records if r.subject_id in subjects or r.record_id in named)
     corpus, report = encode_records(records, tokenizer, length, data.too_long, protected)
     num_main = corpus.num_records

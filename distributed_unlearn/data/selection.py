@@ -47,7 +47,7 @@ def resolve(selection: SelectionConfig, corpus: EncodedCorpus) -> np.ndarray:
     Raises:
         DataError: an ids file that cannot be read, or an unknown id or subject.
     """
-    ids = [*selection.record_ids, *_read_ids(selection.ids_file)]
+    ids = [*selection.record_ids, *read_ids(selection.ids_file)]
     index_of = {record_id: index for index, record_id in enumerate(corpus.record_ids)}
     _refuse_unknown("record id", ids, index_of.keys())
     known_subjects = {subject_id for subject_id in corpus.subject_ids if subject_id is not None}
@@ -121,7 +121,12 @@ def _union(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
 
 
-def _read_ids(ids_file: str | None) -> list[str]:
+def read_ids(ids_file: str | None) -> list[str]:
+    """The ids in a file, one a line; none without a file.
+
+    Raises:
+        DataError: a file that cannot be read or names nobody.
+    """
     if ids_file is None:
         return []
     try:

@@ -91,8 +91,7 @@ def run_demo(settings: DemoSettings, cluster: ClusterConfig, folder: Path, overw
     steps_figure(record.steps, images[1])
     write_page(folder / "report.html", "Unlearning demo", _paragraphs(demo, rows, record), rows, [record], images)
     console.print(comparison_table(rows))
-    for paragraph in _paragraphs(demo, rows, record):
-        console.print(paragraph, markup=False, highlight=False)
+    console.print(f"The cubic steps ended because {record.stop_reason}.", markup=False, highlight=False)
     console.print(f"written: {folder / 'summary.json'}, {folder / 'report.html'}", markup=False, highlight=False)
 
 
@@ -174,7 +173,8 @@ def _unlearn(
     matched: list[float] = []
     stop, seconds = solver.stop, [0.0]
     sets = demo.sets
-    with RoundProgress(demo.console, solver.max_steps, name) as progress:
+    total = solver.max_steps if stop.max_seconds is None else None
+    with RoundProgress(demo.console, total, name) as progress:
 
         def on_step(record: StepRecord, extra: dict[str, float]) -> None:
             progress.update(record, extra)

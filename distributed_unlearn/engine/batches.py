@@ -8,16 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed_unlearn.data.encoding import EncodedCorpus, TokenBatch, collate
 from distributed_unlearn.data.sampling import cut, micro_batches, num_micro_batches
+from distributed_unlearn.engine.specs import Indices
 from distributed_unlearn.objectives.losses import correct_tokens, token_nll
 from distributed_unlearn.objectives.objective import Objective
 from distributed_unlearn.objectives.terms import MinibatchTotals, SequenceBatch
-
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -111,17 +109,6 @@ def local_micro_batches(
         loss = MicroBatchLoss(tokens, is_forget.to(device), reference.to(device), objective, totals)
         result.append(MicroBatch(_model_inputs(tokens), loss))
     return result
-
-
-@dataclass(frozen=True)
-class RecordScores:
-    """Teacher-forced scores of records, aligned with `indices`."""
-
-    indices: Indices
-    nll: NDArray[np.float64]
-    """Sum over answer tokens, nats."""
-    num_tokens: Indices
-    num_correct: Indices
 
 
 class ScoringLoss:

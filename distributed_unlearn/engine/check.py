@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import psutil
@@ -27,45 +26,8 @@ from distributed_unlearn.curvature.reference import (
 )
 from distributed_unlearn.data.sampling import cut
 from distributed_unlearn.engine.opened_model import OpenedModel
+from distributed_unlearn.engine.specs import CurvatureCheck, CurvatureReport
 from distributed_unlearn.objectives.losses import token_nll
-
-ReferenceMethod = Literal["auto", "double_backward", "central_difference"]
-
-
-@dataclass(frozen=True)
-class CurvatureCheck:
-    """What to check."""
-
-    batch_size: int = 4
-    sequence_length: int = 32
-    seed: int = 0
-    product: Literal["hessian", "gauss_newton"] = "hessian"
-    mode: Literal["cached", "recompute"] = "recompute"
-    reference: ReferenceMethod = "auto"
-
-
-@dataclass(frozen=True)
-class CurvatureReport:
-    """Relative errors `||ours - reference|| / ||reference||` over all trainable parameters."""
-
-    loss_relative_error: float
-    gradient_relative_error: float
-    hvp_relative_error: float
-    symmetry_error: float
-    """`|u'Hv - v'Hu| / (||u|| ||Hv||)` for two random directions."""
-    segments: int
-    mode: str
-    product: str
-    reference: str
-    num_parameters: int
-    world_size: int
-    frozen_rows: int
-    """Embedding rows held fixed because they are `padding_idx`."""
-    gradient_seconds: float
-    product_seconds: float
-    """One product, the gradient included in recompute mode and already there in cached mode."""
-    elements_moved_per_parameter: float
-    """Elements that collectives delivered to a rank for the measured product, per trainable parameter."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ World size 1 goes through the same calls on a group of one, so there is one code
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -87,8 +88,15 @@ class Communicator:
 
 def open_store(host: str, timeout_seconds: float) -> tuple[dist.TCPStore, int]:
     """Rank 0's rendezvous store on a port that the system picks (no port is chosen, freed and raced for)."""
+    # A socket of ours: the store has no authentication, and by itself would listen on all interfaces.
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     store = dist.TCPStore(
-        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds)
+        host,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_seconds),
+        master_listen_fd=listener.detach(),
     )
     return store, store.port
 

@@ -68,9 +68,8 @@ def open_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, communi
         ModelError: not loadable, or blocks that cannot be found at stage 3.
         NumericalError: weights that are not finite.
     """
-    model = load_model(config.path, config.revision, dtype, zero_stage, communicator.device)
-    if dtype == torch.float64:
-        model = _to_float64(model)
+    # In float32 whatever the compute dtype: the fp32 master must start from the checkpoint's own values.
+    model = load_model(config.path, config.revision, torch.float32, zero_stage, communicator.device)
     own_dtype = checkpoint_dtype(config.path, config.revision)
     return adopt_model(model, config.trainable, dtype, own_dtype, zero_stage, communicator)
 
@@ -104,6 +103,7 @@ def adopt_model(
         communicator.world_size,
     )
     weights = ShardedWeights(model, layout, communicator, dtype, zero_stage == 3)
+    _cast(model, dtype)
     if not communicator.all_true(bool(torch.isfinite(weights.master).all())):
         raise NumericalError("weights with NaN or infinite entries", "finite weights", "use an intact checkpoint")
     return OpenedModel(
@@ -118,15 +118,17 @@ def adopt_model(
     )
 
 
-def _to_float64(model: nn.Module) -> nn.Module:
-    # Partitioned parameters carry their values in ds_tensor, which `ShardedWeights` widens; the empty
-    # placeholder only has to have the right dtype for code that asks `module.weight.dtype`.
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring what `ShardedWeights` does not own to the compute dtype: replicated weights, placeholders, buffers.
+
+    A partitioned parameter's empty placeholder only has to have the right dtype for code that asks
+    `module.weight.dtype`. Buffers such as rotary frequencies stay float32 in bfloat16 models, as transformers
+    keeps them.
+    """
     for parameter in model.parameters():
-        parameter.data = parameter.data.double()
-        if hasattr(parameter, "ds_tensor"):
-            parameter.ds_tensor.data = parameter.ds_tensor.data.double()
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.double()
-    return model
+        parameter.data = parameter.data.to(dtype)
+    if dtype == torch.float64:
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.double()

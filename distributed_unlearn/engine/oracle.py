@@ -6,37 +6,21 @@ Floats that come back are the same on every rank.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import psutil
 import torch
 from torch import Tensor
 
-from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.data.encoding import EncodedCorpus
 from distributed_unlearn.data.sampling import draw
-from distributed_unlearn.engine.batches import Indices, MicroBatch, Minibatch, local_micro_batches
+from distributed_unlearn.engine.batches import MicroBatch, Minibatch, local_micro_batches
 from distributed_unlearn.engine.opened_model import OpenedModel
+from distributed_unlearn.engine.specs import RoundSpec
 from distributed_unlearn.objectives.objective import build_objective
 from distributed_unlearn.solvers.descent import InnerDescent
 from distributed_unlearn.solvers.lanczos import LanczosBasis
 from distributed_unlearn.solvers.protocols import InnerDescentEntry, KrylovEntry, StepStart, Trial
-
-
-@dataclass(frozen=True)
-class RoundSpec:
-    """What the driver tells every rank about a round."""
-
-    round_index: int
-    forget: Indices
-    retain: Indices
-    objective: ObjectiveConfig
-    solver: SolverConfig
-    curvature: CurvatureConfig
-    holdout_loss: float | None
-    reference_nll: dict[int, float]
-    """Sum of answer nll of each forget record at the start of the round, where the objective needs it."""
 
 
 class ShardedOracle:

@@ -4,8 +4,9 @@ import numpy as np
 
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.data.encoding import EncodedCorpus
-from distributed_unlearn.engine.batches import Indices, RecordScores, scoring_micro_batches
+from distributed_unlearn.engine.batches import scoring_micro_batches
 from distributed_unlearn.engine.opened_model import OpenedModel
+from distributed_unlearn.engine.specs import Indices, RecordScores
 
 
 def score_records(

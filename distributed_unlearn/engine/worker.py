@@ -8,7 +8,6 @@ are reached through `oracle_call`.
 import gc
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ import transformers
 
 from distributed_unlearn.config import ModelConfig, SaveConfig, TrainConfig
 from distributed_unlearn.data.encoding import EncodedCorpus
-from distributed_unlearn.engine.batches import Indices, RecordScores
-from distributed_unlearn.engine.check import CurvatureCheck, CurvatureReport, check_curvature
+from distributed_unlearn.engine.check import check_curvature
 from distributed_unlearn.engine.communicator import Communicator, RankSpec, connect, open_store
 from distributed_unlearn.engine.create import create_checkpoint
 from distributed_unlearn.engine.export import (
@@ -30,19 +28,18 @@ from distributed_unlearn.engine.export import (
     write_weights,
 )
 from distributed_unlearn.engine.opened_model import ModelFacts, OpenedModel, adopt_model, open_model
-from distributed_unlearn.engine.oracle import RoundSpec, ShardedOracle
+from distributed_unlearn.engine.oracle import ShardedOracle
 from distributed_unlearn.engine.scoring import score_records
+from distributed_unlearn.engine.specs import (
+    CurvatureCheck,
+    CurvatureMode,
+    CurvatureReport,
+    Indices,
+    RecordScores,
+    RoundSpec,
+)
 from distributed_unlearn.engine.training import Trainer, TrainingPlan
 from distributed_unlearn.engine.zero import load_model, prepare_deepspeed
-
-
-@dataclass(frozen=True)
-class CurvatureMode:
-    """How products were computed in the current round."""
-
-    cached: bool | None
-    cached_gib: float
-    """What cached mode keeps on the largest rank, measured; 0 where the mode was given."""
 
 
 def quiet_libraries() -> None:

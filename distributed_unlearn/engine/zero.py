@@ -67,7 +67,7 @@ def load_model(path: str, revision: str | None, dtype: torch.dtype, zero_stage: 
         "use_safetensors": True,
         "trust_remote_code": False,
         "attn_implementation": "eager",
-        "dtype": torch.float32 if dtype == torch.float64 else dtype,
+        "dtype": dtype,
     }
     try:
         if zero_stage == 3:

@@ -45,7 +45,7 @@ class RoundProgress:
     steps or ten seconds, so that logs stay short and still show life.
     """
 
-    def __init__(self, console: Console, total_steps: int, description: str) -> None:
+    def __init__(self, console: Console, total_steps: int | None, description: str) -> None:
         self._console, self._total_steps, self._description = console, total_steps, description
         self._start = self._last_line = time.monotonic()
         self._num_done = 0
@@ -68,7 +68,8 @@ class RoundProgress:
             self._progress.start()
             self._task = self._progress.add_task(self._description, total=self._total_steps, numbers="")
         else:
-            self._line(f"{self._description}: at most {self._total_steps} steps")
+            limit = "until its time is up" if self._total_steps is None else f"at most {self._total_steps} steps"
+            self._line(f"{self._description}: {limit}")
         return self
 
     def __exit__(
@@ -87,10 +88,12 @@ class RoundProgress:
             self._progress.update(self._task, completed=self._num_done, numbers=numbers)
             return
         elapsed = time.monotonic() - self._start
-        self._last_text = f"{self._description} {self._num_done}/{self._total_steps} {elapsed:.0f} s  {numbers}"
+        of = "" if self._total_steps is None else f"/{self._total_steps}"
+        self._last_text = f"{self._description} {self._num_done}{of} {elapsed:.0f} s  {numbers}"
         self._printed = False
-        first_or_nth = self._num_done == 1 or self._num_done % PLAIN_EVERY_STEPS == 0
-        if first_or_nth or time.monotonic() - self._last_line >= PLAIN_EVERY_SECONDS:
+        # Steps of an unbounded run are many and short: only the clock asks for a line.
+        nth = self._total_steps is not None and self._num_done % PLAIN_EVERY_STEPS == 0
+        if self._num_done == 1 or nth or time.monotonic() - self._last_line >= PLAIN_EVERY_SECONDS:
             self._line(self._last_text)
 
     def _line(self, text: str) -> None:

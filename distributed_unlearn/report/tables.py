@@ -107,12 +107,25 @@ def _table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], cap
 
 
 def comparison_table(rows: Sequence[MethodRow]) -> Table:
-    """Methods side by side: loss and exact memorisation on the three sets, Tug-of-War, seconds, curvature products."""
-    header, body = comparison_cells(rows)
+    """Methods side by side: loss and exact memorisation on the three sets, Tug-of-War, seconds, curvature products.
+
+    Narrow enough for a terminal of 100 columns; notes follow the table as footnotes.
+    """
+    header = ["method", *SETS, "ToW", "seconds", "products"]
+    _, cells = comparison_cells(rows)
+    body: list[list[str]] = []
+    notes: list[str] = []
+    for row, (name, *numbers, tug, seconds, products, _) in zip(rows, cells, strict=True):
+        if row.note:
+            notes.append(f"[{len(notes) + 1}] {row.note}")
+            name = f"{name} [{len(notes)}]"
+        pairs = [f"{loss} / {share}" for loss, share in zip(numbers[:3], numbers[3:], strict=True)]
+        body.append([name, *pairs, tug, seconds, products])
     caption = (
-        "loss: nats per answer token; memorised: share of answer tokens predicted; ToW: closeness to retrained, 1 best"
+        "Each set: loss in nats per answer token / share of answer tokens memorised. ToW (Tug-of-War): closeness to "
+        "the retrained model, 1 is best."
     )
-    return _table("Comparison", header, body, caption)
+    return _table("Comparison", header, body, "\n".join([caption, *(note.replace("[", r"\[") for note in notes)]))
 
 
 def round_table(record: RoundRecord) -> Table:

@@ -13,7 +13,7 @@ import numpy as np
 
 from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig
 from distributed_unlearn.data.sampling import draw
-from distributed_unlearn.engine.oracle import RoundSpec
+from distributed_unlearn.engine.specs import RoundSpec
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.objectives.objective import build_objective
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord

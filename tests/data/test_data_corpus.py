@@ -85,6 +85,23 @@ def test_whole_number_ids_become_text(tmp_path):
     assert [(record.record_id, record.subject_id) for record in records] == [("7", "12"), ("8", None)]
 
 
+def test_whole_numbers_kept_as_floats_lose_no_spelling(tmp_path):
+    datasets.disable_progress_bars()
+    columns = {"record_id": [7, 8], "subject_id": [12.0, None], "question": ["q", "q"], "answer": ["a", "a"]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "a.parquet")
+    datasets.enable_progress_bars()
+    records = load_records(DataConfig(path=str(tmp_path / "a.parquet")))
+    assert [record.subject_id for record in records] == ["12", None]
+
+
+def test_no_copy_of_the_records_stays_in_a_cache(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    load_records(DataConfig(path=write_jsonl(tmp_path / "a.jsonl", QUESTION_ROWS)))
+    assert list(cache.rglob("*")) == []
+
+
 def test_csv_values_are_never_rewritten(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("record_id,subject_id,question,answer\n007,012,NA,1912\n008,,b,1913\n")
@@ -165,19 +182,19 @@ def test_relative_file_name_is_not_taken_for_a_hub_name(no_network):
     assert no_network == []
 
 
-def test_bad_files_are_refused_without_their_text(tmp_path, capfd):
+def test_bad_files_are_refused_without_their_text(tmp_path, capfd, caplog):
     (tmp_path / "a.txt").write_text(SECRET)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "ragged.csv").write_text(f"question,answer\na,b\n{SECRET},c,d,{SECRET}\n")
     (tmp_path / "torn.jsonl").write_text(f'{{"question": "{SECRET}", "answer": \n')
-    reasons = {"a.txt": "suffix", "empty.jsonl": "empty", "ragged.csv": "load", "torn.jsonl": "load"}
+    reasons = {"a.txt": "suffix", "empty.jsonl": "which is empty", "ragged.csv": "load", "torn.jsonl": "load"}
     for name, message in reasons.items():
         with pytest.raises(DataError, match=message) as caught:
             load_records(DataConfig(path=str(tmp_path / name)))
         assert SECRET not in str(caught.value)
         assert caught.value.__cause__ is None, "the cause would bring the text back in a traceback"
     output = capfd.readouterr()
-    assert SECRET not in output.out + output.err
+    assert output.out + output.err + caplog.text == "", "`datasets` logs reasons, which may quote the file"
 
 
 def test_missing_column_names_what_there_is(tmp_path):

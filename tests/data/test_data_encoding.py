@@ -1,6 +1,7 @@
 """Tokens, the border between prompt and answer, the policies for long records, and padded batches."""
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from distributed_unlearn.errors import DataError, ModelError
 
 SECRET = "zanzibarium"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 NOBODY: frozenset[str] = frozenset()
@@ -121,7 +122,7 @@ def test_chat_border_and_ends(tokenizer):
     chatting.chat_template = CHAT_TEMPLATE
     messages = ({"role": "user", "content": "abc?"}, {"role": "assistant", "content": "de"})
     corpus, _ = encode([TextRecord("c", None, "", "de", messages)], chatting)
-    assert split_text(corpus, 0, chatting) == ("<user>abc?</s><assistant>", "de</s>")
+    assert split_text(corpus, 0, chatting) == ("<user>abc?</s>\n<assistant>", "de</s>\n")
     assert 1 not in corpus.tokens, "the template, not the tokenizer, decides on special tokens"
 
 
@@ -144,6 +145,11 @@ def test_chat_refusals():
 def test_tokenizer_without_pad_token_is_refused():
     with pytest.raises(ModelError, match="pad token.*tokenizer_config.json"):
         encode([pair("a", "b")], character_tokenizer(pad=None))
+
+
+def test_tokenizer_without_offsets_is_refused():
+    with pytest.raises(ModelError, match="character offsets.*fast tokenizer"):
+        encode([pair("a", "b")], SimpleNamespace(pad_token_id=0, is_fast=False))
 
 
 def test_too_long_refused_with_all_options_named():

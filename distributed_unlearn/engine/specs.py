@@ -1,0 +1,83 @@
+"""What driver and workers tell each other. Light: importing this loads neither DeepSpeed nor a process group."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class RoundSpec:
+    """What the driver tells every rank about a round."""
+
+    round_index: int
+    forget: Indices
+    retain: Indices
+    objective: ObjectiveConfig
+    solver: SolverConfig
+    curvature: CurvatureConfig
+    holdout_loss: float | None
+    reference_nll: dict[int, float]
+    """Sum of answer nll of each forget record at the start of the round, where the objective needs it."""
+
+
+@dataclass(frozen=True, eq=False)
+class RecordScores:
+    """Teacher-forced scores of records, aligned with `indices`."""
+
+    indices: Indices
+    nll: NDArray[np.float64]
+    """Sum over answer tokens, nats."""
+    num_tokens: Indices
+    num_correct: Indices
+
+
+@dataclass(frozen=True)
+class CurvatureMode:
+    """How products were computed in the current round."""
+
+    cached: bool | None
+    """None where no product was asked for."""
+    cached_gib: float
+    """What cached mode keeps on the largest rank, measured; 0 where the mode was given."""
+
+
+@dataclass(frozen=True)
+class CurvatureCheck:
+    """What `check curvature` compares."""
+
+    batch_size: int = 4
+    sequence_length: int = 32
+    seed: int = 0
+    product: Literal["hessian", "gauss_newton"] = "hessian"
+    mode: Literal["cached", "recompute"] = "recompute"
+    reference: Literal["auto", "double_backward", "central_difference"] = "auto"
+
+
+@dataclass(frozen=True)
+class CurvatureReport:
+    """Relative errors `||ours - reference|| / ||reference||` over all trainable parameters."""
+
+    loss_relative_error: float
+    gradient_relative_error: float
+    hvp_relative_error: float
+    symmetry_error: float
+    """`|u'Hv - v'Hu| / (||u|| ||Hv||)` for two random directions."""
+    segments: int
+    mode: str
+    product: str
+    reference: str
+    num_parameters: int
+    world_size: int
+    frozen_rows: int
+    """Embedding rows held fixed because they are `padding_idx`."""
+    gradient_seconds: float
+    product_seconds: float
+    """One product; in recompute mode with everything recomputed, in cached mode after the gradient."""
+    elements_moved_per_parameter: float
+    """Elements that collectives delivered to a rank for the measured product, per trainable parameter."""

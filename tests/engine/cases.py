@@ -1,0 +1,191 @@
+"""What is computed on ranks and, in float64 on one plain module, as its truth."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig
+from distributed_unlearn.curvature.layout import FlatLayout
+from distributed_unlearn.curvature.precision import LiftFloat32Casts
+from distributed_unlearn.curvature.reference import double_backward, frozen_rows
+from distributed_unlearn.data.encoding import EncodedCorpus, collate
+from distributed_unlearn.data.sampling import draw
+from distributed_unlearn.engine.batches import Minibatch, minibatch_totals
+from distributed_unlearn.engine.check import CurvatureCheck
+from distributed_unlearn.engine.oracle import RoundSpec
+from distributed_unlearn.objectives.losses import token_nll
+from distributed_unlearn.objectives.objective import build_objective
+from distributed_unlearn.objectives.terms import SequenceBatch
+from distributed_unlearn.solvers.scurenewton import SCureNewton, SCureNewtonSettings
+from tests.dense import FreeEntries
+from tests.engine.checkpoints import FORGET, RETAIN
+from tests.solvers.memory_oracle import MemoryOracle
+
+HOLDOUT_LOSS = 5.5
+KRYLOV_STEPS = 3
+VECTOR_SEED = 11
+REFERENCE_NLL = {int(index): 20.0 + index for index in FORGET}
+SETTINGS = SCureNewtonSettings(max_krylov_steps=KRYLOV_STEPS, cubic_coefficient=1.0)
+
+TRAINABLE: dict[str, Literal["all"] | tuple[str, ...]] = {"all": "all", "some": ("*.mlp.*", "*embed_tokens*")}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One objective on one minibatch of one checkpoint."""
+
+    checkpoint: str = "odd_llama"
+    objective: Literal["holdout_matched", "npo", "retain"] = "holdout_matched"
+    gradient_batch: int = 9
+    curvature_batch: int = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, computed in one particular way, which must not matter."""
+
+    problem: Problem
+    world_size: int
+    zero_stage: int
+    micro_batch_size: int
+    mode: Literal["cached", "recompute"]
+
+    def __str__(self) -> str:
+        problem = self.problem
+        return (
+            f"{problem.checkpoint}-{problem.objective}-{problem.gradient_batch}-ranks{self.world_size}"
+            f"-stage{self.zero_stage}-micro{self.micro_batch_size}-{self.mode}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one set of ranks does in its life."""
+
+    folder: Path
+    """Of the checkpoints."""
+    corpus: EncodedCorpus
+    cases: tuple[Case, ...] = ()
+    stages: tuple[int, ...] = ()
+    """Stages at which everything but the cases is done."""
+    checks: tuple[tuple[str, str, CurvatureCheck], ...] = ()
+    """(checkpoint, dtype, check) at stage 3."""
+    training_stages: tuple[int, ...] = ()
+    refuses: bool = False
+    breaks_reductions: bool = False
+
+
+def round_spec(problem: Problem, micro_batch_size: int = 4, mode: str = "recompute") -> RoundSpec:
+    """What the driver would send."""
+    return RoundSpec(
+        round_index=1,
+        forget=FORGET,
+        retain=RETAIN,
+        objective=ObjectiveConfig(name=problem.objective),
+        solver=SolverConfig(
+            gradient_batch=problem.gradient_batch,
+            curvature_batch=problem.curvature_batch,
+            max_krylov_steps=KRYLOV_STEPS,
+            cubic_coefficient=SETTINGS.cubic_coefficient,
+        ),
+        curvature=CurvatureConfig(mode=mode, micro_batch_size=micro_batch_size),  # type: ignore[arg-type]
+        holdout_loss=HOLDOUT_LOSS,
+        reference_nll=REFERENCE_NLL,
+    )
+
+
+def _roles(problem: Problem, size: int) -> tuple[int, int]:
+    return (0, size) if problem.objective == "retain" else (size // 2, size - size // 2)
+
+
+def minibatch_of(problem: Problem, size: int) -> Minibatch:
+    """The first step's minibatch of `size` records: the head of its gradient minibatch."""
+    drawn, wanted = _roles(problem, problem.gradient_batch), _roles(problem, size)
+    return Minibatch(
+        draw(0, 1, 0, "forget", FORGET, drawn[0])[: wanted[0]],
+        draw(0, 1, 0, "retain", RETAIN, drawn[1])[: wanted[1]],
+    )
+
+
+def assemble(parts: list[torch.Tensor], layout: FlatLayout) -> dict[str, torch.Tensor]:
+    """Full parameters from every rank's part of a vector, without any collective; padding must be zero."""
+    named = {}
+    for segment in layout.segments:
+        for slot in segment.trainable:
+            begin = segment.start + slot.offset
+            full = torch.cat([part[begin : begin + slot.shard_numel] for part in parts])
+            assert not full[slot.numel :].any(), f"padding of {slot.qualified_name} is not zero"
+            named[slot.qualified_name] = full[: slot.numel].view(slot.shape)
+    return named
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The same quantities in float64, whole minibatch at once, one module, other code for every derivative."""
+
+    loss: float
+    gradient: torch.Tensor
+    hvp: torch.Tensor
+    diagonals: list[float]
+    off_diagonals: list[float]
+    record: Any
+    update: torch.Tensor
+    entries: FreeEntries
+    """Flattens dictionaries of full parameters into the free entries."""
+
+
+def load_float64(path: str) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+    return model.double().eval()
+
+
+def compute_truth(folder: Path, corpus: EncodedCorpus, problem: Problem, vector: dict[str, torch.Tensor]) -> Truth:
+    """`vector` is the direction of `hvp`, by parameter name."""
+    model = load_float64(str(folder / problem.checkpoint))
+    objective = build_objective(ObjectiveConfig(name=problem.objective), HOLDOUT_LOSS)
+
+    def loss_on(size: int) -> Any:
+        minibatch = minibatch_of(problem, size)
+        totals = minibatch_totals(corpus, minibatch)
+        chosen = np.concatenate([minibatch.forget, minibatch.retain])
+        tokens = collate(corpus, chosen)
+        is_forget = torch.arange(len(chosen)) < len(minibatch.forget)
+        reference = torch.tensor([REFERENCE_NLL.get(int(index), float("nan")) for index in chosen], dtype=torch.float64)
+
+        def loss(module: torch.nn.Module) -> torch.Tensor:
+            logits = module(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False).logits
+            nll, num_tokens = token_nll(logits, tokens.input_ids, tokens.answer_mask)
+            return objective(SequenceBatch(nll, num_tokens, is_forget, reference), totals)
+
+        return loss
+
+    on_gradient, on_curvature = loss_on(problem.gradient_batch), loss_on(problem.curvature_batch)
+    direction = {name: value.double() for name, value in vector.items()}
+    with LiftFloat32Casts():
+        first = double_backward(model, on_gradient, direction)
+        second = double_backward(model, on_curvature, direction)
+        entries = FreeEntries(model, list(direction), frozen_rows(model))
+
+        def make_oracle() -> MemoryOracle:
+            bound = entries.bind(on_gradient), entries.bind(on_curvature)
+            return MemoryOracle(lambda w, step: bound[0](w), entries.point, lambda w, step: bound[1](w))
+
+        oracle = make_oracle()
+        oracle.begin_step(0)
+        columns = [oracle.extend_krylov() for _ in range(KRYLOV_STEPS)]
+        oracle = make_oracle()
+        record = SCureNewton(oracle, SETTINGS).step(0)
+    return Truth(
+        loss=float(first.loss),
+        gradient=entries.flatten(first.gradient),
+        hvp=entries.flatten(second.hvp),
+        diagonals=[column.diagonal for column in columns],
+        off_diagonals=[column.off_diagonal for column in columns],
+        record=record,
+        update=oracle.weights - entries.point,
+        entries=entries,
+    )

@@ -1,0 +1,56 @@
+"""Which cases, checks and trainings are run on how many ranks."""
+
+from pathlib import Path
+
+from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.engine.check import CurvatureCheck
+from tests.engine.cases import Case, Plan, Problem
+from tests.families import FAMILIES
+
+LLAMA, GEMMA = Problem(), Problem("gemma")
+UNEVEN = Problem(gradient_batch=3, curvature_batch=2)  # on 4 ranks, two ranks have no record at all
+CASES = (
+    Case(LLAMA, 1, 0, 8, "recompute"),
+    Case(LLAMA, 1, 0, 1, "cached"),
+    Case(LLAMA, 1, 3, 3, "cached"),
+    Case(GEMMA, 1, 3, 8, "recompute"),
+    Case(LLAMA, 2, 0, 3, "recompute"),
+    Case(LLAMA, 2, 1, 8, "cached"),
+    Case(LLAMA, 2, 2, 1, "recompute"),
+    Case(LLAMA, 2, 3, 1, "cached"),
+    Case(LLAMA, 2, 3, 3, "recompute"),
+    Case(LLAMA, 2, 3, 8, "recompute"),
+    Case(Problem(objective="npo"), 2, 3, 3, "recompute"),
+    Case(Problem(objective="retain"), 2, 1, 3, "recompute"),
+    Case(GEMMA, 2, 3, 3, "recompute"),
+    Case(GEMMA, 2, 3, 8, "cached"),
+    Case(LLAMA, 4, 0, 8, "recompute"),
+    Case(LLAMA, 4, 3, 1, "recompute"),
+    Case(LLAMA, 4, 3, 3, "cached"),
+    Case(LLAMA, 4, 3, 8, "recompute"),
+    Case(UNEVEN, 4, 0, 8, "recompute"),
+    Case(UNEVEN, 4, 3, 1, "cached"),
+    Case(UNEVEN, 4, 3, 3, "recompute"),
+)
+CHECKS = (
+    *((family, "float32", CurvatureCheck()) for family in FAMILIES),
+    ("llama", "float32", CurvatureCheck(mode="cached")),
+    ("gemma", "float64", CurvatureCheck()),
+    ("qwen2", "bfloat16", CurvatureCheck()),
+    ("mistral", "float64", CurvatureCheck(product="gauss_newton", mode="cached")),
+    ("gpt_neox", "float64", CurvatureCheck(reference="central_difference", batch_size=1)),
+)
+
+
+def plan_for(world_size: int, folder: Path, corpus: EncodedCorpus) -> Plan:
+    """Everything that the tests want to know of this many ranks."""
+    return Plan(
+        folder=folder,
+        corpus=corpus,
+        cases=tuple(case for case in CASES if case.world_size == world_size),
+        stages=(0, 3),
+        checks=CHECKS if world_size == 2 else (),
+        training_stages=() if world_size == 4 else (2, 3),
+        refuses=world_size == 2,
+        breaks_reductions=world_size == 2,
+    )

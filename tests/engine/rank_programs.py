@@ -1,0 +1,323 @@
+"""What the ranks compute; everything is handed back as plain data, compared in the parent.
+
+One process does many cases, one after the other: starting DeepSpeed takes longer than all of them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+
+from distributed_unlearn.config import ModelConfig, SaveConfig, TrainConfig
+from distributed_unlearn.curvature.linearisation import Linearisation
+from distributed_unlearn.engine.batches import local_micro_batches
+from distributed_unlearn.engine.communicator import Communicator
+from distributed_unlearn.engine.worker import Worker
+from distributed_unlearn.errors import UserError
+from distributed_unlearn.objectives.objective import build_objective
+from distributed_unlearn.rounds.group import RemoteOracle
+from distributed_unlearn.solvers.scurenewton import SCureNewton
+from tests.engine.cases import (
+    HOLDOUT_LOSS,
+    KRYLOV_STEPS,
+    REFERENCE_NLL,
+    SETTINGS,
+    VECTOR_SEED,
+    TRAINABLE,
+    Case,
+    Plan,
+    Problem,
+    minibatch_of,
+    round_spec,
+)
+from tests.engine.checkpoints import NUM_RECORDS
+from tests.engine.ranks import Place, join_worker
+
+
+class OwnWorker:
+    """A worker group of which every rank is its own driver: the scalars are the same everywhere."""
+
+    world_size = 1
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def call_all(self, method: str, *arguments: Any) -> list[Any]:
+        return [getattr(self._worker, method)(*arguments)]
+
+
+def run_plan(place: Place, plan: Plan) -> dict[str, Any]:
+    """Everything in the plan, by name. All ranks must call this."""
+    worker = join_worker(place)
+    worker.set_corpus(plan.corpus)
+    found: dict[str, Any] = {}
+    for case in plan.cases:
+        found[str(case)] = measure(worker, plan, case, with_step=True)
+    for stage in plan.stages:
+        found[f"scores {stage}"] = scores(worker, plan, stage)
+        found[f"elements {stage}"] = elements(worker, plan, stage)
+        found[f"round {stage}"] = whole_round(worker, plan, stage)
+        found[f"export {stage}"] = exports(worker, plan, stage, place.folder)
+        found[f"bf16 {stage}"] = half_precision(worker, plan, stage)
+    for name, dtype, check in plan.checks:
+        worker.open_model(ModelConfig(path=str(plan.folder / name)), dtype, 3)
+        found[f"check {name} {dtype} {check.product} {check.mode} {check.reference}"] = worker.check_curvature(check)
+    if plan.refuses:
+        found["refused"] = refusals(worker, plan)
+    if plan.breaks_reductions:
+        found["broken"] = broken_reductions(worker, plan)
+    for stage in plan.training_stages:
+        found[f"training {stage}"] = train(worker, plan, stage)
+    return found
+
+
+def open_plain(worker: Worker, plan: Plan, checkpoint: str, stage: int, dtype: str = "float32") -> None:
+    worker.open_model(ModelConfig(path=str(plan.folder / checkpoint)), dtype, stage)
+
+
+def measure(worker: Worker, plan: Plan, case: Case, with_step: bool) -> dict[str, Any]:
+    """Loss, gradient, a product, Krylov matrix and one whole step from the same weights."""
+    open_plain(worker, plan, case.problem.checkpoint, case.zero_stage)
+    opened = worker.opened
+    vector = opened.space.random_normal(opened.weights.master, VECTOR_SEED)
+    loss, gradient, _ = sweep(worker, plan, case, case.problem.gradient_batch, vector)
+    _, _, hvp = sweep(worker, plan, case, case.problem.curvature_batch, vector)
+    found = {"layout": opened.layout, "vector": vector, "loss": loss, "gradient": gradient, "hvp": hvp}
+    worker.begin_round(round_spec(case.problem, case.micro_batch_size, case.mode))
+    oracle = RemoteOracle(OwnWorker(worker))  # type: ignore[arg-type]
+    found["start"] = oracle.begin_step(0)
+    found["columns"] = [oracle.extend_krylov() for _ in range(KRYLOV_STEPS)]
+    if with_step:
+        before = opened.weights.master.clone()
+        found["record"] = SCureNewton(oracle, SETTINGS).step(0)
+        found["update"] = opened.weights.master - before
+        found["round_update_norm"] = worker.round_update_norm()
+        found["mode"] = worker.curvature_mode()
+    return found
+
+
+def sweep(
+    worker: Worker, plan: Plan, case: Case, size: int, vector: torch.Tensor
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Loss, gradient and product on the first `size` records, micro-batch by micro-batch."""
+    opened, communicator = worker.opened, worker.communicator
+    spec = round_spec(case.problem)
+    batches = local_micro_batches(
+        plan.corpus,
+        minibatch_of(case.problem, size),
+        build_objective(spec.objective, HOLDOUT_LOSS),
+        REFERENCE_NLL,
+        communicator.rank,
+        communicator.world_size,
+        case.micro_batch_size,
+        communicator.device,
+    )
+    gradient, product = torch.zeros_like(vector), torch.zeros_like(vector)
+    local = torch.zeros(1, dtype=torch.float64)
+    for batch in batches:
+        linearisation = Linearisation(
+            opened.segmented, opened.store, batch.inputs, batch.loss, cached=case.mode == "cached"
+        )
+        local += linearisation.product(vector, product, gradient).double()
+    return float(communicator.all_reduce_sum(local)[0]), gradient, product
+
+
+def scores(worker: Worker, plan: Plan, stage: int) -> Any:
+    """Every record but one, in a muddled order, with a micro-batch that leaves some ranks less."""
+    open_plain(worker, plan, "odd_llama", stage)
+    muddled = np.random.default_rng(0).permutation(np.arange(1, NUM_RECORDS))
+    return {"some": worker.score(muddled, 3), "none": worker.score(np.empty(0, dtype=np.int64), 3)}
+
+
+def elements(worker: Worker, plan: Plan, stage: int) -> dict[str, int]:
+    """What the communicator counts for one product and one gradient on one micro-batch."""
+    found = {}
+    for share, trainable in TRAINABLE.items():
+        config = ModelConfig(path=str(plan.folder / "odd_llama"), trainable=trainable)
+        worker.open_model(config, "float32", stage)
+        found.update({f"{share} {name}": count for name, count in _elements_of_calls(worker, plan).items()})
+    return found
+
+
+def _elements_of_calls(worker: Worker, plan: Plan) -> dict[str, int]:
+    opened, communicator, spec = worker.opened, worker.communicator, round_spec(Problem())
+    [batch] = local_micro_batches(
+        plan.corpus, minibatch_of(Problem(), 5), build_objective(spec.objective, HOLDOUT_LOSS), {},
+        communicator.rank, communicator.world_size, 99, communicator.device,
+    )  # fmt: skip
+    vector = torch.zeros_like(opened.weights.master)
+
+    def linearise(cached: bool = False, keep_forward: bool = False) -> Linearisation:
+        return Linearisation(
+            opened.segmented, opened.store, batch.inputs, batch.loss, cached=cached, keep_forward=keep_forward
+        )
+
+    def moved(call: Any, *arguments: Any) -> int:
+        before = communicator.num_elements_moved
+        call(*arguments)
+        return communicator.num_elements_moved - before
+
+    cached = linearise(cached=True)
+    return {
+        "gradient cached": moved(cached.gradient, vector),
+        "product cached": moved(cached.product, vector, vector.clone()),
+        "gradient recompute": moved(linearise().gradient, vector),
+        "gradient keep_forward": moved(linearise(keep_forward=True).gradient, vector),
+        "product recompute": moved(linearise().product, vector, vector.clone()),
+    }
+
+
+def whole_weights(worker: Worker) -> dict[str, torch.Tensor]:
+    """What the forward pass would use, by name, gathered by DeepSpeed itself at stage 3."""
+    model = worker.opened.model
+    parameters = list(model.parameters())
+    if hasattr(parameters[0], "ds_tensor"):
+        with deepspeed.zero.GatheredParameters(parameters):
+            return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def whole_round(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
+    """Tentative updates, undone and kept; what DeepSpeed sees of them."""
+    open_plain(worker, plan, "odd_llama", stage)
+    opened = worker.opened
+    found: dict[str, Any] = {"layout": opened.layout, "facts": worker.opened.facts()}
+    worker.begin_round(round_spec(Problem()))
+    before = opened.weights.master.clone()
+    worker.oracle_call("begin_step", 0)
+    worker.oracle_call("extend_krylov")
+    trial = worker.oracle_call("try_krylov", (-0.3,))
+    found["tried"] = (trial, opened.weights.master - before, whole_weights(worker))
+    found["master while tried"] = opened.weights.master.clone()
+    worker.oracle_call("undo")
+    found["undone"] = torch.equal(opened.weights.master, before), whole_weights(worker)
+    found["loss after undo"] = worker.oracle_call("try_krylov", (0.0,)).loss
+    worker.oracle_call("accept")
+    found["start"] = worker.oracle_call("begin_step", 0)
+    worker.oracle_call("first_order_step", 1, 1e-2)
+    found["moved by first order"] = worker.round_update_norm()
+    worker.restore_initial()
+    found["restored"] = torch.equal(opened.weights.master, before), worker.round_update_norm()
+    return found
+
+
+def half_precision(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
+    """An update far below bfloat16's resolution, with bfloat16 compute."""
+    open_plain(worker, plan, "odd_llama", stage, "bfloat16")
+    opened = worker.opened
+    before = opened.weights.master.clone()
+    update = 1e-5 * opened.space.random_normal(before, 1)
+    opened.weights.set_master(before + update)
+    found = {
+        "layout": opened.layout,
+        "master": opened.weights.master.clone(),
+        "expected": before + update,
+        "changed": int((opened.weights.master != before).sum()),
+        "forward": whole_weights(worker),
+    }
+    worker.begin_round(round_spec(Problem()))
+    start = worker.oracle_call("begin_step", 0)
+    entry = worker.oracle_call("extend_krylov")
+    return {**found, "start": start, "entry": entry}
+
+
+def exports(worker: Worker, plan: Plan, stage: int, folder: Path) -> dict[str, Any]:
+    """Updated weights as float32, in small files, and as bfloat16 with a tiny update."""
+    found = {}
+    for name, checkpoint, save, size in (
+        ("whole", "odd_llama", SaveConfig(), 1e-2),
+        ("pieces", "odd_llama", SaveConfig(max_shard_gib=2e-6), 1e-2),
+        ("rounded", "odd_llama_bf16", SaveConfig(fp32_master=True), 1e-5),
+        ("widened", "odd_llama_bf16", SaveConfig(dtype="float32"), 1e-5),
+    ):
+        open_plain(worker, plan, checkpoint, stage)
+        weights, space = worker.opened.weights, worker.opened.space
+        weights.set_master(weights.master + size * space.random_normal(weights.master, 2))
+        target = folder / f"{name} {stage}"
+        target.mkdir(exist_ok=True)
+        worker.communicator.barrier()
+        base = ModelConfig(path=str(plan.folder / checkpoint))
+        surviving = worker.export(str(target), base, save)
+        found[name] = {
+            "folder": target,
+            "surviving": surviving,
+            "master": weights.master.clone(),
+            "layout": worker.opened.layout,
+        }
+    return found
+
+
+def _error_of(call: Any, *arguments: Any) -> tuple[str, str]:
+    try:
+        call(*arguments)
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def refusals(worker: Worker, plan: Plan) -> dict[str, Any]:
+    """What must not open, and that the worker can go on afterwards."""
+    found: dict[str, Any] = {}
+    for name in ("nan", "pickled", "blockless", "absent"):
+        found[name] = _error_of(open_plain, worker, plan, name, 3)
+    found["nan unsharded"] = _error_of(open_plain, worker, plan, "nan", 0)
+    config = ModelConfig(path=str(plan.folder / "odd_llama"), trainable=("*nowhere*",))
+    found["pattern"] = _error_of(worker.open_model, config, "float32", 3)
+    open_plain(worker, plan, "blockless", 2)
+    found["blockless facts"] = worker.opened.facts()
+    open_plain(worker, plan, "odd_llama", 3)
+    found["facts"] = worker.opened.facts()
+    return found
+
+
+@contextmanager
+def _dropped(method: str) -> Iterator[None]:
+    """One collective returns the local part, as if the reduction had been forgotten."""
+
+    def local_sum(self: Communicator, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self.device, copy=True)
+
+    def local_part(self: Communicator, full: torch.Tensor) -> torch.Tensor:
+        return full.view(self.world_size, -1)[self.rank].clone()
+
+    kept = getattr(Communicator, method)
+    setattr(Communicator, method, {"all_reduce_sum": local_sum, "reduce_scatter": local_part}[method])
+    try:
+        yield
+    finally:
+        setattr(Communicator, method, kept)
+
+
+def broken_reductions(worker: Worker, plan: Plan) -> dict[str, Any]:
+    """The measurement of `measure` with a reduction left out, at stages 0 and 3."""
+    found = {}
+    for stage in (0, 3):
+        case = Case(Problem(), worker.communicator.world_size, stage, 8, "recompute")
+        for method in ("all_reduce_sum", "reduce_scatter"):
+            with _dropped(method):
+                found[f"{method} {stage}"] = measure(worker, plan, case, with_step=False)
+    return found
+
+
+def train(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
+    """One step, and three steps, from the same checkpoint."""
+    config = TrainConfig(epochs=2, batch_size=8, learning_rate=1e-3, warmup_share=0.3)
+    found: dict[str, Any] = {}
+    for num_steps in (1, 3):
+        found["plan"] = worker.begin_training(
+            ModelConfig(path=str(plan.folder / "odd_llama")), config, np.arange(NUM_RECORDS), stage, 3, 0
+        )
+        losses = [worker.train_step(step) for step in range(num_steps)]
+        facts = worker.finish_training()
+        found[f"{num_steps}"] = {
+            "losses": losses,
+            "facts": facts,
+            "layout": worker.opened.layout,
+            "weights": worker.opened.weights.master.clone(),
+            "scores": worker.score(np.arange(NUM_RECORDS), 4),
+        }
+    return found

@@ -1,0 +1,390 @@
+"""Segment-wise loss, gradient and products against plain reverse over reverse on the whole model, in float64.
+
+Both sides compute the same function with other graphs, so they differ by rounding alone: a chain of a few
+thousand float64 operations, 1e-16 each, gives about 1e-14; EXACT leaves two orders of magnitude.
+"""
+
+import weakref
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distributed_unlearn.curvature.layout import build_layout, pack, unpack
+from distributed_unlearn.curvature.linearisation import Linearisation
+from distributed_unlearn.curvature.precision import LiftFloat32Casts
+from distributed_unlearn.curvature.reference import double_backward, frozen_rows, gauss_newton_product
+from distributed_unlearn.curvature.segments import find_segments, trainable_names
+from distributed_unlearn.curvature.store import SegmentStore
+from distributed_unlearn.errors import ModelError
+from distributed_unlearn.objectives.losses import token_nll
+from tests.families import FAMILIES, VOCABULARY, RandomBatch, random_batch, random_tangent, tiny_model
+
+EXACT = 1e-12
+MODES = ("recompute", "keep_forward", "cached")
+PRODUCTS = ("hessian", "gauss_newton")
+
+
+class OneRank:
+    """The collectives of a group of one; counts what is gathered."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self) -> None:
+        self.num_gathers = 0
+
+    def all_gather(self, local):
+        self.num_gathers += 1
+        return local.clone()
+
+    def reduce_scatter(self, full):
+        return full.clone()
+
+    def all_reduce_sum(self, values):
+        return values.clone()
+
+
+class ModelWeights:
+    """A segment's weights straight from the model."""
+
+    def __init__(self, model):
+        self.parameters = dict(model.named_parameters())
+
+    def segment_weights(self, segment):
+        slots = (*segment.trainable, *segment.frozen)
+        return {slot.name: self.parameters[slot.qualified_name].detach() for slot in slots}
+
+
+class Bench:
+    """One model and batch with everything a `Linearisation` needs, and vectors by parameter name."""
+
+    def __init__(self, model, batch, trainable="all", share=None):
+        self.model, self.batch = model, batch
+        self.num_tokens = share or int(batch.answer_mask[:, 1:].sum())
+        self.segmented = find_segments(model)
+        parameters = dict(model.named_parameters())
+        self.names = trainable_names(model, trainable)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.layout = build_layout(self.segmented, shapes, self.names, frozen_rows(model), 1)
+        self.dtype = next(iter(parameters.values())).dtype
+        self.store = SegmentStore(self.layout, OneRank(), ModelWeights(model), self.dtype)
+
+    def loss_of_logits(self, logits):
+        return token_nll(logits, self.batch.input_ids, self.batch.answer_mask)[0].sum() / self.num_tokens
+
+    def linearise(self, product="hessian", mode="recompute"):
+        return Linearisation(
+            self.segmented, self.store, self.batch.inputs, self.loss_of_logits, product,
+            cached=mode == "cached", keep_forward=mode == "keep_forward",
+        )  # fmt: skip
+
+    def zeros(self):
+        return torch.zeros(self.layout.vector_numel, dtype=self.dtype)
+
+    def flatten(self, named):
+        parts = []
+        for segment in self.layout.segments:
+            full = {slot.name: named[slot.qualified_name] for slot in segment.trainable}
+            parts.append(pack(full, segment.trainable, 1, self.zeros()))
+        return torch.cat(parts)
+
+    def named(self, vector):
+        result = {}
+        for segment in self.layout.segments:
+            full = unpack(vector[segment.start : segment.stop], segment.trainable, 1)
+            result.update({slot.qualified_name: full[slot.name] for slot in segment.trainable})
+        return result
+
+    def tangent(self, seed):
+        """Every trainable entry, those of frozen rows included."""
+        every = random_tangent(self.model, seed)
+        return {name: every[name] for name in every if name in self.names}
+
+    def vector(self, tangent):
+        parts = [tangent[slot.qualified_name].reshape(-1) for s in self.layout.segments for slot in s.trainable]
+        return torch.cat(parts)
+
+    def product(self, seed, product="hessian", mode="recompute"):
+        result = self.zeros()
+        self.linearise(product, mode).product(self.vector(self.tangent(seed)), result)
+        return result
+
+    def logits(self, model):
+        return model(**self.batch.inputs, use_cache=False).logits
+
+    def truth(self, tangent, product="hessian"):
+        if product == "gauss_newton":
+            return gauss_newton_product(self.model, self.logits, self.loss_of_logits, tangent)
+        return double_backward(self.model, lambda model: self.loss_of_logits(self.logits(model)), tangent)
+
+
+@pytest.fixture(autouse=True)
+def float64_everywhere():
+    with LiftFloat32Casts():
+        yield
+
+
+@pytest.fixture
+def batch():
+    return random_batch(VOCABULARY, 3, 9, seed=1)
+
+
+def relative_error(value, truth):
+    return float((value - truth).norm() / truth.norm())
+
+
+def assert_is_truth(bench, product, mode):
+    tangent = bench.tangent(2)
+    truth = bench.truth(tangent, product)
+    gradient, result = bench.zeros(), bench.zeros()
+    linearisation = bench.linearise(product, mode)
+    both = linearisation.product(bench.vector(tangent), result, gradient)
+    assert abs(float(both - truth.loss)) < EXACT * abs(float(truth.loss))
+    assert relative_error(gradient, bench.flatten(truth.gradient)) < EXACT
+    assert relative_error(result, bench.flatten(truth.hvp)) < EXACT
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_gradient_and_product(family, tied, product, mode, batch):
+    bench = Bench(tiny_model(family, tied, torch.float64), batch)
+    assert bench.segmented.fallback_reason is None and len(bench.segmented.blocks) == 2
+    assert_is_truth(bench, product, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_and_loss_alone(family, mode, batch):
+    bench = Bench(tiny_model(family, dtype=torch.float64), batch)
+    truth = bench.truth(bench.tangent(2))
+    gradient, linearisation = bench.zeros(), bench.linearise(mode=mode)
+    from_gradient = linearisation.gradient(gradient)
+    assert relative_error(gradient, bench.flatten(truth.gradient)) < EXACT
+    alone = linearisation.loss()
+    assert not alone.requires_grad and not from_gradient.requires_grad
+    for loss in (from_gradient, alone):
+        assert abs(float(loss - truth.loss)) < EXACT * abs(float(truth.loss))
+
+
+@pytest.mark.parametrize("mode", ["recompute", "cached"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_after_a_gradient_a_loss_and_another_product(product, mode, batch):
+    """What a step does: gradient, then products of several vectors, with a loss in between."""
+    bench = Bench(tiny_model("llama", dtype=torch.float64), batch)
+    linearisation = bench.linearise(product, mode)
+    linearisation.gradient(bench.zeros())
+    for seed in (3, 4):
+        result, tangent = bench.zeros(), bench.tangent(seed)
+        linearisation.product(bench.vector(tangent), result)
+        linearisation.loss()
+        assert relative_error(result, bench.flatten(bench.truth(tangent, product).hvp)) < EXACT
+
+
+@pytest.mark.parametrize("mode", ["recompute", "cached"])
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_symmetric_linear_and_repeatable(family, product, mode, batch):
+    bench = Bench(tiny_model(family, dtype=torch.float64), batch)
+    u, v = bench.vector(bench.tangent(3)), bench.vector(bench.tangent(4))
+    linearisation = bench.linearise(product, mode)
+
+    def times(vector):
+        result = bench.zeros()
+        linearisation.product(vector, result)
+        return result
+
+    hu, hv = times(u), times(v)
+    free = bench.flatten(bench.named(u)), bench.flatten(bench.named(v))  # `pack` zeroes frozen rows
+    assert abs(float(free[0] @ hv - free[1] @ hu)) < EXACT * float(u.norm() * hv.norm())
+    assert relative_error(times(2 * u - v), 2 * hu - hv) < EXACT
+    assert torch.equal(times(v), hv)
+    if product == "gauss_newton":
+        assert float(free[1] @ hv) > 0  # this loss is convex in the logits
+
+
+@pytest.mark.parametrize("mode", ["recompute", "cached"])
+def test_results_are_added(mode, batch):
+    bench = Bench(tiny_model("llama", dtype=torch.float64), batch)
+    vector, plain, gradient = bench.vector(bench.tangent(2)), bench.zeros(), bench.zeros()
+    bench.linearise(mode=mode).product(vector, plain, gradient)
+    onto, gradient_onto = torch.ones_like(plain), torch.ones_like(plain)
+    bench.linearise(mode=mode).product(vector, onto, gradient_onto)
+    assert relative_error(onto, plain + 1) < EXACT
+    assert relative_error(gradient_onto, gradient + 1) < EXACT
+
+
+@pytest.mark.parametrize("mode", ["recompute", "cached"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_micro_batches_add_up_and_an_empty_one_adds_nothing(product, mode, batch):
+    model = tiny_model("gemma", dtype=torch.float64)
+    whole = Bench(model, batch)
+    tangent = whole.tangent(5)
+    truth = whole.truth(tangent, product)
+    gradient, result, loss = whole.zeros(), whole.zeros(), 0.0
+    attends_first = torch.zeros(1, 8, dtype=torch.long)
+    attends_first[0, 0] = 1
+    empty = RandomBatch(torch.zeros(1, 8, dtype=torch.long), attends_first, torch.zeros(1, 8, dtype=torch.bool))
+    for part in (RandomBatch(*(x[:1] for x in batch)), RandomBatch(*(x[1:] for x in batch)), empty):
+        bench = Bench(model, part, share=whole.num_tokens)
+        own_gradient, own_result = bench.zeros(), bench.zeros()
+        loss += float(bench.linearise(product, mode).product(bench.vector(tangent), own_result, own_gradient))
+        if part is empty:
+            assert not own_gradient.any() and not own_result.any()
+        gradient, result = gradient + own_gradient, result + own_result
+    assert abs(loss - float(truth.loss)) < EXACT * loss
+    assert relative_error(gradient, whole.flatten(truth.gradient)) < EXACT
+    assert relative_error(result, whole.flatten(truth.hvp)) < EXACT
+
+
+@pytest.mark.parametrize("mode", ["recompute", "cached"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_padding_rows_are_frozen_although_the_token_occurs(family, tied, mode, batch):
+    bench = Bench(tiny_model(family, tied, torch.float64), batch)
+    assert (batch.input_ids[:, 1] == 0).all() and batch.attention_mask[:, 1].all()
+    tangent = bench.tangent(6)
+    moved = {name: value.clone() for name, value in tangent.items()}
+    moved["model.embed_tokens.weight"][0] += 100
+    gradient, first, second = bench.zeros(), bench.zeros(), bench.zeros()
+    bench.linearise(mode=mode).product(bench.vector(tangent), first, gradient)
+    bench.linearise(mode=mode).product(bench.vector(moved), second)
+    for vector in (gradient, first):
+        embedding = bench.named(vector)["model.embed_tokens.weight"]
+        assert not embedding[0].any() and embedding[1:].any()
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("emptied", ["no_split", "biogpt"])
+def test_a_model_without_blocks_is_one_segment(emptied, product, mode, batch):
+    if emptied == "biogpt":
+        model = _other_family("biogpt", hidden_dropout_prob=0.0, intermediate_size=48)
+    else:
+        model = tiny_model("llama", dtype=torch.float64)
+        model._no_split_modules = []
+    bench = Bench(model, batch)
+    assert bench.segmented.fallback_reason is not None and len(bench.segmented.segments) == 1
+    assert_is_truth(bench, product, mode)
+
+
+def _other_family(family, **settings):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, **sizes, **settings, initializer_range=0.15, bos_token_id=1, eos_token_id=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("mode", ["recompute", "cached"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_blocks_with_tuple_outputs(product, mode, batch):
+    model, outputs = _other_family("gptj", rotary_dim=4), []
+    handle = model.transformer.h[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    bench = Bench(model, batch)
+    bench.logits(model)
+    handle.remove()
+    assert isinstance(outputs[0], tuple) and len(bench.segmented.blocks) == 2
+    assert_is_truth(bench, product, mode)
+
+
+PATTERNS = [
+    ("*.mlp.*", "*norm.weight"),
+    ("*layers.0.*",),
+    ("*layers.1.self_attn.q_proj.weight",),
+    ("*embed_tokens.weight",),
+    ("model.norm.weight",),
+]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "cached"])
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("patterns", PATTERNS)
+def test_a_subset_of_the_parameters(patterns, product, mode, batch):
+    bench = Bench(tiny_model("gemma", True, torch.float64), batch, patterns)
+    assert 0 < len(bench.names) < len(list(bench.model.parameters()))
+    assert bench.layout.frozen_numel + bench.layout.vector_numel == sum(p.numel() for p in bench.model.parameters())
+    assert_is_truth(bench, product, mode)
+
+
+def test_the_modes_gather_as_often_as_they_say(batch):
+    """Cached: tangents only, one per segment and sweep, whatever came before."""
+    bench = Bench(tiny_model("llama", dtype=torch.float64), batch)
+    collectives, vector = bench.store.collectives, bench.vector(bench.tangent(2))
+    linearisation = bench.linearise(mode="cached")
+    linearisation.gradient(bench.zeros())
+    before = collectives.num_gathers
+    linearisation.product(vector, bench.zeros())
+    assert collectives.num_gathers - before == 1 + 2 + 2  # root once, each block in both sweeps
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_second_gradient_in_cached_mode_is_refused(product, batch):
+    bench = Bench(tiny_model("llama", dtype=torch.float64), batch)
+    linearisation = bench.linearise(product, "cached")
+    vector = bench.vector(bench.tangent(2))
+    linearisation.product(vector, bench.zeros(), bench.zeros())
+    with pytest.raises(AssertionError, match="once"):
+        linearisation.product(vector, bench.zeros(), bench.zeros())
+
+
+def test_blocks_called_in_another_order_are_refused(batch):
+    bench = Bench(tiny_model("llama", dtype=torch.float64), batch)
+    layers = bench.model.model.layers
+    bench.model.model.layers = torch.nn.ModuleList([layers[1], layers[0]])
+    with pytest.raises(ModelError, match="another order"):
+        bench.linearise().loss()
+
+
+def test_the_model_is_left_as_it_was(batch):
+    bench = Bench(tiny_model("llama", dtype=torch.float64), batch)
+    weights = [parameter.detach().clone() for parameter in bench.model.parameters()]
+    logits = bench.logits(bench.model).detach()
+    for mode in MODES:
+        bench.product(2, mode=mode)
+    assert all(torch.equal(a, b) for a, b in zip(weights, bench.model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in bench.model.parameters())
+    assert not any("forward" in block.__dict__ for block in bench.segmented.blocks)
+    assert torch.equal(bench.logits(bench.model), logits)
+
+
+class _Held:
+    """What a graph node keeps in place of a saved tensor."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def _bytes_held_by_graphs(linearisation, into):
+    """Storages, each once, that a cached linearisation's graphs keep alive after its gradient."""
+    held = weakref.WeakSet()
+
+    def keep(tensor):
+        wrapper = _Held(tensor)
+        held.add(wrapper)
+        return wrapper
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda wrapper: wrapper.tensor):
+        linearisation.gradient(into)
+    storages = {w.tensor.untyped_storage().data_ptr(): w.tensor.untyped_storage().nbytes() for w in held}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_measured_cached_bytes(family, product, batch):
+    """The measurement scales one block and counts storages while they pass by; the truth is what stays alive.
+
+    They may differ by what is freed on the way and by what only one block saves: a factor of two is enough
+    to choose a mode by.
+    """
+    bench = Bench(tiny_model(family, dtype=torch.float64), batch)
+    measured = bench.linearise(product, "cached").measure_cached_bytes()
+    linearisation = bench.linearise(product, "cached")
+    held = _bytes_held_by_graphs(linearisation, bench.zeros())
+    assert held > 0
+    assert held / 2 < measured < held * 2, f"measured {measured}, held {held}, ratio {measured / held:.2f}"
+    linearisation.product(bench.vector(bench.tangent(2)), bench.zeros())  # keeps it alive until here
