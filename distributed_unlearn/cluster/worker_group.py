@@ -142,7 +142,7 @@ class RayWorkerGroup:
                 try:
                     found[ref] = ray.get(ref)
                 except (RayTaskError, RayActorError) as error:
-                    raise self._failure(error, refs.index(ref), method) from None
+                    raise self._failure(*_first_cause(error, ref, refs), method) from None
         return [found[ref] for ref in refs]
 
     def _failure(self, error: Exception, rank: int, method: str) -> Exception:
@@ -194,6 +194,19 @@ class RayWorkerGroup:
             time.sleep(0.05 if local else 0)
         for pid in local:
             os.kill(pid, signal.SIGKILL)
+
+
+def _first_cause(error: Exception, ref: Any, refs: list[Any]) -> tuple[Exception, int]:
+    """The failure to report, and its rank: peers of a worker that died raise, and may do so before it is missed."""
+    if isinstance(error, RayTaskError) and not isinstance(error.cause, UserError):
+        for other in ray.wait(refs, num_returns=len(refs), timeout=1.0)[0]:
+            try:
+                ray.get(other)
+            except RayActorError as death:
+                return death, refs.index(other)
+            except RayTaskError:
+                continue
+    return error, refs.index(ref)
 
 
 def _is_rank_actor(process_id: int) -> bool:

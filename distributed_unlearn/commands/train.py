@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from distributed_unlearn.checkpoints import package_versions, refuse_existing, require_safetensors, write_json
 from distributed_unlearn.commands.job_record import finite, redacted_config
@@ -12,43 +11,11 @@ from distributed_unlearn.commands.unlearn import describe_data
 from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
+from distributed_unlearn.records import SetScores
+from distributed_unlearn.report.progress import TrainingProgress
 from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.rounds.evaluate import evaluate_sets
 from distributed_unlearn.rounds.training import TrainingTask, run_training
-
-
-class TrainingProgress:
-    """A bar with the loss on a terminal, a line every tenth of the run elsewhere."""
-
-    def __init__(self, console: Console, description: str) -> None:
-        self._console, self._description = console, description
-        self._total = 0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def start(self, num_steps: int) -> None:
-        """The run has this many steps."""
-        self._total = num_steps
-        self._progress.start()
-        self._task = self._progress.add_task(self._description, total=num_steps, loss="-")
-
-    def update(self, step: int, loss: float) -> None:
-        """A step has ended."""
-        self._progress.update(self._task, completed=step + 1, loss=f"{loss:.4f}")
-        if not self._console.is_terminal and (step + 1) % max(1, self._total // 10) == 0:
-            text = f"{self._description} {step + 1}/{self._total}  loss {loss:.4f}"
-            self._console.print(text, markup=False, highlight=False)
-
-    def stop(self) -> None:
-        """The run has ended, well or not."""
-        self._progress.stop()
 
 
 def prepare_training(job: JobConfig) -> PreparedData:
@@ -107,16 +74,7 @@ def run_training_job(job: JobConfig, console: Console) -> None:
         if len(partition.forget_rounds):
             sets["forget"] = partition.forget_rounds[0]
         scores, _ = evaluate_sets(group, sets, 2 * job.curvature.micro_batch_size)
-    record = {
-        "format": 1,
-        "config": redacted_config(job),
-        "versions": package_versions(),
-        "num_records": len(indices),
-        "num_steps": len(losses),
-        "last_loss_nats_per_token": losses[-1],
-        "scores": {name: asdict(value) for name, value in scores.items()},
-    }
-    write_json(folder / "record.json", finite(record))
+    _write_record(folder, job, len(indices), losses, scores)
     for name, value in scores.items():
         console.print(
             f"{name}: loss {value.loss_nats_per_token:.4f} nats per token, exact memorisation "
@@ -125,3 +83,18 @@ def run_training_job(job: JobConfig, console: Console) -> None:
             highlight=False,
         )
     console.print(f"checkpoint: {folder / 'checkpoint'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write_record(
+    folder: Path, job: JobConfig, num_records: int, losses: list[float], scores: dict[str, SetScores]
+) -> None:
+    record = {
+        "format": 1,
+        "config": redacted_config(job),
+        "versions": package_versions(),
+        "num_records": num_records,
+        "num_steps": len(losses),
+        "last_loss_nats_per_token": losses[-1],
+        "scores": {name: asdict(value) for name, value in scores.items()},
+    }
+    write_json(folder / "record.json", finite(record))

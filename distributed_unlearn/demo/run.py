@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 
 from distributed_unlearn.checkpoints import complete_folder, package_versions, write_json
-from distributed_unlearn.commands.train import TrainingProgress
 from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import ClusterConfig, DataConfig, ModelConfig, ObjectiveConfig, SaveConfig, SolverConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
@@ -22,7 +21,7 @@ from distributed_unlearn.evaluation.metrics import tug_of_war
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
 from distributed_unlearn.report.figures import comparison_figure, steps_figure
 from distributed_unlearn.report.page import write_page
-from distributed_unlearn.report.progress import RoundProgress
+from distributed_unlearn.report.progress import RoundProgress, TrainingProgress
 from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.report.tables import MethodRow, comparison_table
 from distributed_unlearn.rounds.evaluate import evaluate_sets

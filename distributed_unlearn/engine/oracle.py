@@ -92,7 +92,9 @@ class ShardedOracle:
     def _compute_gradient(self) -> StepStart:
         self._gradient.zero_()
         local = torch.zeros((), dtype=torch.float64)
-        keep = self._spec.curvature.mode != "recompute" and self.cached is not False
+        # Keeping the blocks' graphs from forward to backward is safe once cached mode is known to fit: a gradient's
+        # graph is a part of what a product keeps.
+        keep = self._spec.curvature.mode == "cached" or self.cached is True
         for batch in self._gradient_batches:
             local += self._linearise(batch, cached=False, keep_forward=keep).gradient(self._gradient).double().cpu()
         names = sorted(self._gradient_batches[0].loss.terms)

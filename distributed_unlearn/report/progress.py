@@ -118,3 +118,37 @@ def stage(console: Console, text: str) -> Iterator[None]:
     finally:
         seconds = time.monotonic() - start
         console.print(f"{text}: {verdict} in {seconds:.1f} s", markup=False, highlight=False, soft_wrap=True)
+
+
+class TrainingProgress:
+    """A bar with the loss on a terminal, a line every tenth of the run elsewhere."""
+
+    def __init__(self, console: Console, description: str) -> None:
+        self._console, self._description = console, description
+        self._total = 0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def start(self, num_steps: int) -> None:
+        """The run has this many steps."""
+        self._total = num_steps
+        self._progress.start()
+        self._task = self._progress.add_task(self._description, total=num_steps, loss="-")
+
+    def update(self, step: int, loss: float) -> None:
+        """A step has ended."""
+        self._progress.update(self._task, completed=step + 1, loss=f"{loss:.4f}")
+        if not self._console.is_terminal and (step + 1) % max(1, self._total // 10) == 0:
+            text = f"{self._description} {step + 1}/{self._total}  loss {loss:.4f}"
+            self._console.print(text, markup=False, highlight=False)
+
+    def stop(self) -> None:
+        """The run has ended, well or not."""
+        self._progress.stop()

@@ -53,5 +53,5 @@ def run_training(group: WorkerGroup, task: TrainingTask) -> list[float]:
         task.on_step(step, loss)
     group.call_all("finish_training")
     with complete_folder(task.destination, task.overwrite) as staging:
-        group.call_all("export", str(staging), task.model, task.save)
+        group.call_all("export", str(staging.resolve()), task.model, task.save)
     return losses

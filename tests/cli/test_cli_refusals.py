@@ -179,6 +179,11 @@ def test_ids_file(tiny: TinyJob, tmp_path, capsys):
     assert_refused(refused(tiny, capsys, tmp_path / "out", *overrides), 4, "data", "cannot be read")
     ids.write_text("\n \n")
     assert_refused(refused(tiny, capsys, tmp_path / "out", *overrides), 4, "data", "without ids")
+    ids.write_text("person-0001-00\nnobody-00\n")
+    assert_refused(refused(tiny, capsys, tmp_path / "out", *overrides), 4, "data", "1 unknown record id(s) of 2")
+    ids.write_text("person-0001-00\n")
+    dropping = (*overrides, "data.max_length=24", "data.too_long=drop")
+    assert_refused(refused(tiny, capsys, tmp_path / "out", *dropping), 4, "data", "1 record(s) to be forgotten that are")
 
 
 def test_demo_keeps_an_earlier_one(tmp_path, capsys):

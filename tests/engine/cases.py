@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig
+from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig, TrainConfig
 from distributed_unlearn.curvature.layout import FlatLayout
 from distributed_unlearn.curvature.precision import LiftFloat32Casts
 from distributed_unlearn.curvature.reference import double_backward, frozen_rows
@@ -31,6 +31,8 @@ VECTOR_SEED = 11
 REFERENCE_NLL = {int(index): 20.0 + index for index in FORGET}
 SETTINGS = SCureNewtonSettings(max_krylov_steps=KRYLOV_STEPS, cubic_coefficient=1.0)
 
+# 9 records in micro-batches of 2: of two ranks the first has an empty third one.
+TRAINING = TrainConfig(epochs=2, batch_size=9, learning_rate=1e-3, warmup_share=0.3)
 TRAINABLE: dict[str, Literal["all"] | tuple[str, ...]] = {"all": "all", "some": ("*.mlp.*", "*embed_tokens*")}
 
 

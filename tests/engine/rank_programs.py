@@ -3,6 +3,7 @@
 One process does many cases, one after the other: starting DeepSpeed takes longer than all of them.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import deepspeed
 import numpy as np
 import torch
 
-from distributed_unlearn.config import ModelConfig, SaveConfig, TrainConfig
+from distributed_unlearn.config import CurvatureConfig, ModelConfig, SaveConfig
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.engine.batches import local_micro_batches
 from distributed_unlearn.engine.communicator import Communicator
@@ -26,8 +27,9 @@ from tests.engine.cases import (
     KRYLOV_STEPS,
     REFERENCE_NLL,
     SETTINGS,
-    VECTOR_SEED,
     TRAINABLE,
+    TRAINING,
+    VECTOR_SEED,
     Case,
     Plan,
     Problem,
@@ -62,6 +64,7 @@ def run_plan(place: Place, plan: Plan) -> dict[str, Any]:
         found[f"elements {stage}"] = elements(worker, plan, stage)
         found[f"round {stage}"] = whole_round(worker, plan, stage)
         found[f"export {stage}"] = exports(worker, plan, stage, place.folder)
+        found[f"modes {stage}"] = chosen_modes(worker, plan, stage)
         found[f"bf16 {stage}"] = half_precision(worker, plan, stage)
     for name, dtype, check in plan.checks:
         worker.open_model(ModelConfig(path=str(plan.folder / name)), dtype, 3)
@@ -200,6 +203,11 @@ def whole_round(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
     found["start"] = worker.oracle_call("begin_step", 0)
     worker.oracle_call("first_order_step", 1, 1e-2)
     found["moved by first order"] = worker.round_update_norm()
+    worker.oracle_call("begin_step", 2)
+    worker.oracle_call("begin_descent", 1e-1)
+    found["descent"] = [worker.oracle_call("descend", 1.0, 1e-2) for _ in range(3)]
+    found["descent trial"] = worker.oracle_call("try_descent")
+    worker.oracle_call("undo")
     worker.restore_initial()
     found["restored"] = torch.equal(opened.weights.master, before), worker.round_update_norm()
     return found
@@ -222,7 +230,24 @@ def half_precision(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
     worker.begin_round(round_spec(Problem()))
     start = worker.oracle_call("begin_step", 0)
     entry = worker.oracle_call("extend_krylov")
-    return {**found, "start": start, "entry": entry}
+    worker.oracle_call("try_krylov", (-0.3,))
+    worker.oracle_call("undo")
+    undone = torch.equal(opened.weights.master, found["master"]), whole_weights(worker)
+    return {**found, "start": start, "entry": entry, "undone": undone}
+
+
+def chosen_modes(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
+    """Cached or recompute, by budget, where some ranks have no record to measure."""
+    open_plain(worker, plan, "odd_llama", stage)
+    found = {}
+    for name, budget in (("none", 1e-9), ("plenty", 1.0), ("default", None)):
+        spec = round_spec(Problem(gradient_batch=3, curvature_batch=2))
+        curvature = CurvatureConfig(mode="auto", memory_budget_gib=budget, micro_batch_size=4)
+        worker.begin_round(dataclasses.replace(spec, curvature=curvature))
+        worker.oracle_call("begin_step", 0)
+        entry = worker.oracle_call("extend_krylov")
+        found[name] = worker.curvature_mode(), entry
+    return found
 
 
 def exports(worker: Worker, plan: Plan, stage: int, folder: Path) -> dict[str, Any]:
@@ -305,11 +330,10 @@ def broken_reductions(worker: Worker, plan: Plan) -> dict[str, Any]:
 
 def train(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
     """One step, and three steps, from the same checkpoint."""
-    config = TrainConfig(epochs=2, batch_size=8, learning_rate=1e-3, warmup_share=0.3)
     found: dict[str, Any] = {}
     for num_steps in (1, 3):
         found["plan"] = worker.begin_training(
-            ModelConfig(path=str(plan.folder / "odd_llama")), config, np.arange(NUM_RECORDS), stage, 3, 0
+            ModelConfig(path=str(plan.folder / "odd_llama")), TRAINING, np.arange(NUM_RECORDS), stage, 2, 0
         )
         losses = [worker.train_step(step) for step in range(num_steps)]
         facts = worker.finish_training()

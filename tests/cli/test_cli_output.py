@@ -1,0 +1,173 @@
+"""The output folder after failures, replacements and roundings: complete or absent, and never silently useless."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import assert_refused, call, succeed
+from safetensors.torch import load_file, save_file
+from tiny_job import TinyJob, save_model
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "record.json").read_text())
+
+
+def _assert_no_result(output: Path) -> None:
+    names = sorted(path.name for path in output.iterdir())
+    assert set(names) <= {"metrics.jsonl", "tensorboard"}, names
+
+
+def test_weights_with_nan_are_refused(tiny: TinyJob, tmp_path, capsys):
+    model = tiny.copy_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    outcome = call(capsys, tiny.run(tmp_path / "out", f"model.path={model}"))
+    assert_refused(outcome, 7, "numerics", "NaN", "use an intact checkpoint")
+    _assert_no_result(tmp_path / "out")
+
+
+@pytest.mark.parametrize("max_steps", [1, 3], ids=["found_at_the_end", "found_in_a_step"])
+def test_numbers_that_explode_are_refused(max_steps, tiny: TinyJob, tmp_path, capsys):
+    # Of the whole model such a step leaves finite nonsense: the norms divide it away.
+    parts = ('model.trainable=["*.mlp.*"]', "solver.method=sgd", "solver.learning_rate=1e36")
+    overrides = (*parts, f"solver.max_steps={max_steps}")
+    outcome = call(capsys, tiny.run(tmp_path / "out", *overrides))
+    assert_refused(outcome, 7, "numerics", *(["at step 1 of round 0"] if max_steps == 3 else []))
+    _assert_no_result(tmp_path / "out")
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert kinds[:2] == ["model", "round_0/step"]  # what happened until then is kept
+
+
+def test_a_gradient_that_is_nan_is_refused_before_the_weights_change(tiny: TinyJob, tmp_path, capsys, monkeypatch):
+    from distributed_unlearn.engine.oracle import ShardedOracle
+
+    changed = []
+    compute = ShardedOracle._compute_gradient
+
+    def spoil(self):
+        start = compute(self)
+        return type(start)(start.loss, float("nan"), start.terms)
+
+    monkeypatch.setattr(ShardedOracle, "_compute_gradient", spoil)
+    monkeypatch.setattr(ShardedOracle, "_try", lambda self, update: changed.append(1))
+    outcome = call(capsys, tiny.run(tmp_path / "out"))
+    assert_refused(outcome, 7, "numerics", "gradient norm nan at step 0 of round 0")
+    assert changed == []
+    _assert_no_result(tmp_path / "out")
+
+
+def test_more_workers_than_processors(tiny: TinyJob, tmp_path, capsys):
+    output, many = tmp_path / "out", 4 * (os.cpu_count() or 1)
+    outcome = call(capsys, tiny.run(output, "cluster.backend=ray", f"cluster.num_workers={many}"))
+    assert_refused(outcome, 6, "resources", f"{many} workers of 1 CPU", "lower cluster.num_workers")
+    assert not output.exists() or not (output / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("disk full"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_a_crash_while_writing_leaves_nothing(error, tiny: TinyJob, tmp_path, capsys, monkeypatch):
+    written = []
+
+    def crash(opened: object, base: str, revision: str | None, folder: Path) -> None:
+        written.extend(path.name for path in folder.iterdir())
+        raise error
+
+    monkeypatch.setattr("distributed_unlearn.engine.worker.write_tokenizer", crash)
+    arguments = tiny.run(tmp_path / "out", "solver.max_steps=1")
+    if isinstance(error, KeyboardInterrupt):
+        outcome = call(capsys, arguments)
+        assert outcome.code == 130 and "interrupted" in outcome.err
+    else:
+        with pytest.raises(type(error)):
+            call(capsys, arguments)
+    assert "model.safetensors" in written
+    _assert_no_result(tmp_path / "out")
+
+
+def test_overwrite_replaces(tiny: TinyJob, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = tiny.run(output, "solver.max_steps=1")
+    succeed(capsys, arguments)
+    first, salt = _record(output), (output / "record.salt").read_text()
+    (output / "checkpoint" / "left_over").write_text("old")
+    assert_refused(call(capsys, arguments), 3, "configuration", "which exists")
+    assert _record(output) == first
+    succeed(capsys, [*arguments, "overwrite=true", "solver.max_steps=2"])
+    second = _record(output)
+    assert second["rounds"][0]["num_steps"] == 2
+    assert second["result"]["files"] != first["result"]["files"]
+    weights = output / "checkpoint" / "model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == second["result"]["files"]["model.safetensors"]
+    assert not (output / "checkpoint" / "left_over").exists()
+    assert (output / "record.salt").read_text() != salt
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_failed_replacement_keeps_the_old(tiny: TinyJob, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    succeed(capsys, tiny.run(output, "solver.max_steps=1"))
+    before = {path.name: path.read_bytes() for path in (output / "checkpoint").iterdir()}
+
+    def crash(*arguments: object) -> None:
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("distributed_unlearn.engine.worker.write_tokenizer", crash)
+    with pytest.raises(RuntimeError, match="disk full"):
+        call(capsys, tiny.run(output, "solver.max_steps=2", "overwrite=true"))
+    assert {path.name: path.read_bytes() for path in (output / "checkpoint").iterdir()} == before
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.fixture(scope="module")
+def bfloat16_model(tiny: TinyJob, tmp_path_factory) -> Path:
+    model = tiny.copy_model(tmp_path_factory.mktemp("bfloat16") / "model")
+    save_model(model, torch.bfloat16)
+    return model
+
+
+def test_rounding_to_bfloat16_is_warned_of(bfloat16_model: Path, tiny: TinyJob, tmp_path, capsys):
+    """An update that the checkpoint's own dtype cannot hold: the files stay as they were, and we say so."""
+    output = tmp_path / "out"
+    tiny_step = ("solver.method=sgd", "solver.learning_rate=1e-7", "solver.max_steps=1", "save.fp32_master=true")
+    outcome = succeed(capsys, tiny.run(output, f"model.path={bfloat16_model}", *tiny_step))
+    assert "WARNING: only" in outcome.out and "bfloat16" in outcome.out and "save.dtype=float32" in outcome.out
+    surviving = _record(output)["surviving_update"]
+    assert surviving["dtype"] == "bfloat16" and surviving["update_norm"] > 0
+    assert surviving["projection"] < 0.5 and surviving["share_of_changed_weights"] < 0.05
+    saved = AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    assert saved.dtype == torch.bfloat16
+    # The fp32 weights beside it hold the whole update.
+    master = AutoModelForCausalLM.from_pretrained(output / "checkpoint" / "fp32_master")
+    assert master.dtype == torch.float32
+    base = load_file(bfloat16_model / "model.safetensors")
+    whole = master.state_dict()
+    squared = sum(float((whole[name].double() - base[name].double()).square().sum()) for name in base)
+    assert squared**0.5 == pytest.approx(surviving["update_norm"], rel=1e-3)
+
+
+def test_no_warning_where_the_update_survives(bfloat16_model: Path, tiny: TinyJob, tmp_path, capsys):
+    tiny_step = ("solver.method=sgd", "solver.learning_rate=1e-7", "solver.max_steps=1", "save.dtype=float32")
+    outcome = succeed(capsys, tiny.run(tmp_path / "out", f"model.path={bfloat16_model}", *tiny_step))
+    assert "WARNING" not in outcome.out
+    surviving = _record(tmp_path / "out")["surviving_update"]
+    # fp32 resolves about 1e-8 of weights near 0.1 and the update is a few 1e-8 each, so a little is rounded.
+    assert surviving["projection"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_checkpoint_may_be_several_files(tiny: TinyJob, tmp_path, capsys):
+    succeed(capsys, tiny.run(tmp_path / "out", "solver.max_steps=1", "save.max_shard_gib=3e-5"))
+    checkpoint = tmp_path / "out" / "checkpoint"
+    files = sorted(checkpoint.glob("model-*-of-*.safetensors"))
+    assert len(files) > 1 and (checkpoint / "model.safetensors.index.json").exists()
+    assert all(path.stat().st_size < 3e-5 * 2**30 + 12_000 for path in files)  # a header, a single large parameter
+    whole = {name: value for path in files for name, value in load_file(path).items()}
+    opened = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert all(torch.equal(opened[name], value) for name, value in whole.items()) and len(whole) > 15

@@ -1,0 +1,89 @@
+"""The command line on a local Ray: workers that die, signals, and who can reach it."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import Running, command_line, started
+from tiny_job import TinyJob
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="fewer processors than workers"),
+]
+
+
+@pytest.fixture
+def endless(tiny: TinyJob, tmp_path: Path) -> Iterator[Running]:
+    """A job of 100,000 steps on two ZeRO-3 workers that has taken a few; its paths are relative."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "model").symlink_to(tiny.model)
+    overrides = ("model.path=./model", "cluster.backend=ray", "cluster.num_workers=2", "solver.max_steps=100000")
+    with started(command_line(*tiny.run(Path("out"), *overrides)), tmp_path / "here") as running:
+        running.wait_until(lambda: _num_steps(running) >= 3, 150)
+        assert len(running.actors()) == 2
+        yield running
+
+
+def _num_steps(running: Running) -> int:
+    path = running.folder / "out" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum('"round_0/step"' in line for line in lines)
+
+
+def _assert_nothing_left(running: Running) -> None:
+    assert running.survivors(patience_seconds=10) == []
+    left = {path.name for path in (running.folder / "out").iterdir()}
+    assert left == {"metrics.jsonl", "tensorboard"}
+    assert not (running.folder / ".ray").exists()  # no token file that others could read
+    lines = (running.folder / "out" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["values"] for line in lines)
+
+
+def test_a_killed_worker_ends_the_job(endless: Running):
+    before, victim = time.monotonic(), endless.actors()[1]
+    family = len(endless.family())
+    victim.kill()
+    assert endless.wait(60) == 8
+    assert time.monotonic() - before < 60
+    assert family >= 5  # driver, two actors, raylet, gcs: the watch sees what it should
+    assert endless.err.count("error (worker): got worker ") == 1 and "which died during " in endless.err
+    assert "every worker to finish the call" in endless.err and "can simply be run again" in endless.err
+    assert f"pid: {victim.pid}" in endless.err  # Ray's own account of it
+    assert "Traceback (most recent call last)" not in endless.err
+    _assert_nothing_left(endless)
+
+
+def test_sigterm_ends_everything(endless: Running):
+    """And, because starting takes long: while it runs, only this machine and only with a token can reach it."""
+    _assert_loopback(endless)
+    _assert_token(endless)
+    endless.process.send_signal(signal.SIGTERM)
+    assert endless.wait(60) == 143
+    assert "Traceback" not in endless.err and "SIGTERM received" not in endless.err  # Ray's own handler aborts
+    _assert_nothing_left(endless)
+
+
+def _assert_loopback(running: Running) -> None:
+    listening = {}
+    for member in running.family():
+        for connection in member.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                listening[(member.name(), connection.laddr.port)] = connection.laddr.ip.removeprefix("::ffff:")
+    names = " ".join(name for name, _ in listening)
+    assert "gcs_server" in names and "raylet" in names and "RankActor" in names
+    assert {place: ip for place, ip in listening.items() if ip != "127.0.0.1"} == {}
+
+
+def _assert_token(running: Running) -> None:
+    for actor in running.actors():
+        variables = Path(f"/proc/{actor.pid}/environ").read_bytes().split(b"\0")
+        assert b"RAY_AUTH_MODE=token" in variables
+        tokens = [value for value in variables if value.startswith(b"RAY_AUTH_TOKEN=")]
+        assert len(tokens) == 1 and len(tokens[0]) >= len(b"RAY_AUTH_TOKEN=") + 64

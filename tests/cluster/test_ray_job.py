@@ -1,0 +1,122 @@
+"""`ray job submit` to a Ray with token authentication, as jobs/README.md describes it."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import ROOT, Running, started
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(420),
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="fewer processors than workers"),
+]
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    token_file: Path
+    working_dir: Path
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
+
+    def submit(self, folder: Path, environment: dict[str, str], name: str, *command: str) -> Running:
+        """Submit the command, wait for the end of the job."""
+        options = ["--address", self.address, "--submission-id", name, "--working-dir", str(self.working_dir)]
+        arguments = [RAY, "job", "submit", *options, "--", sys.executable, *command]
+        with started(arguments, folder, environment) as submitted:
+            submitted.wait(240)
+        return submitted
+
+    def ask(self, path: str, token: str | None) -> tuple[int, dict[str, Any]]:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        request = urllib.request.Request(f"{self.address}/{path}", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, {}
+        except OSError:
+            return 0, {}
+
+
+def _free_ports(count: int) -> list[int]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory) -> Iterator[Head]:
+    folder = tmp_path_factory.mktemp("head")
+    token_file = folder / "token"
+    descriptor = os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as handle:
+        handle.write(secrets.token_hex(32))
+    working_dir = folder / "working_dir"
+    for name in ("distributed_unlearn", "jobs"):
+        shutil.copytree(ROOT / name, working_dir / name, ignore=shutil.ignore_patterns("__pycache__"))
+    port, dashboard_port, agent_port, metrics_port = _free_ports(4)
+    options = ["--head", "--block", "--num-cpus=2", "--num-gpus=0", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    options += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
+    options += [f"--dashboard-agent-listen-port={agent_port}", f"--metrics-export-port={metrics_port}"]
+    options += ["--disable-usage-stats", f"--object-store-memory={200 * 2**20}"]
+    found = Head(f"http://127.0.0.1:{dashboard_port}", token_file, working_dir)
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    with started([RAY, "start", *options], folder / "home", {**found.credentials, **loopback}) as running:
+        token = token_file.read_text()
+        running.wait_until(lambda: found.ask("api/jobs/", token)[0] == 200, 90)
+        yield found
+    assert running.survivors(patience_seconds=5) == []
+
+
+def test_the_demo_runs_as_a_job(head: Head, tmp_path):
+    output = tmp_path / "demo"
+    command = ("jobs/demo.py", "--short", "--output", str(output))
+    submitted = head.submit(tmp_path / "client", head.credentials, "demo-1", *command)
+    assert submitted.process.returncode == 0, submitted.out[-3000:] + submitted.err[-3000:]
+    assert "'demo-1' succeeded" in submitted.out
+    summary = json.loads((output / "summary.json").read_text())
+    assert {row["name"] for row in summary["methods"]} >= {"original", "unlearned (SCureNewton)"}
+    assert (output / "unlearned" / "model.safetensors").exists() and (output / "report.html").exists()
+    status, details = head.ask("api/jobs/demo-1", head.token_file.read_text())
+    assert (status, details["status"], details["driver_exit_code"]) == (200, "SUCCEEDED", 0)
+    # The id is the idempotency key: the same request again is refused.
+    again = head.submit(tmp_path / "again", head.credentials, "demo-1", *command)
+    assert again.process.returncode != 0 and "already exists" in again.out + again.err
+
+
+def test_a_refused_job_keeps_its_exit_code(head: Head, tmp_path):
+    submitted = head.submit(tmp_path / "client", head.credentials, "refused-1", "jobs/run.py", "jobs/none.yaml")
+    assert submitted.process.returncode == 1
+    assert "error (configuration): got job file 'jobs/none.yaml'" in submitted.out + submitted.err
+    _, details = head.ask("api/jobs/refused-1", head.token_file.read_text())
+    assert (details["status"], details["driver_exit_code"]) == ("FAILED", 3)
+
+
+def test_without_the_token_nothing_is_accepted(head: Head, tmp_path):
+    output = tmp_path / "demo"
+    submitted = head.submit(tmp_path / "client", {}, "intruder-1", "jobs/demo.py", "--output", str(output))
+    assert submitted.process.returncode != 0 and "401" in submitted.out + submitted.err
+    assert not output.exists()
+    assert head.ask("api/jobs/", None)[0] == 401
+    assert head.ask("api/jobs/", "0" * 64)[0] == 403
+    status, jobs = head.ask("api/jobs/", head.token_file.read_text())
+    assert status == 200 and "intruder-1" not in json.dumps(jobs)
