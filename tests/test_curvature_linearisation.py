@@ -291,6 +291,30 @@ def test_blocks_with_tuple_outputs(product, mode, batch):
     assert_is_truth(bench, product, mode)
 
 
+class SquashedEmbedding(torch.nn.Embedding):
+    """Nonlinear in its weight, as an embedding with a norm behind it is."""
+
+    def forward(self, input_ids):
+        return torch.tanh(3 * super().forward(input_ids))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_nonlinear_glue_before_and_between_blocks(tied, product, mode, batch):
+    """What is between blocks belongs to the root, here with a weight that the head uses as well."""
+    model = tiny_model("llama", tied, torch.float64)
+    inner = model.model
+    inner.embed_tokens.__class__ = SquashedEmbedding
+
+    def glue(module, args, output):
+        return output + torch.sin(output * inner.norm.weight) + 0.3 * torch.roll(output, 1, dims=1) ** 2
+
+    inner.layers[0].register_forward_hook(glue)
+    inner.layers[1].register_forward_hook(glue)
+    assert_is_truth(Bench(model, batch), product, mode)
+
+
 PATTERNS = [
     ("*.mlp.*", "*norm.weight"),
     ("*layers.0.*",),

@@ -1,4 +1,4 @@
-"""A checkpoint of a few kilobytes, its records and a job that runs in seconds, shared by the tests of whole commands."""
+"""A checkpoint of a few kilobytes, its records and a job that runs in seconds, for tests of whole commands."""
 
 import json
 import shutil

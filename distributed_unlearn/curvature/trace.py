@@ -21,6 +21,17 @@ LossOfLogits = Callable[[Tensor], Tensor]
 """Logits [B, T, V] -> this rank's share of the objective, a scalar."""
 
 
+class _ForwardOnly(nn.Module):
+    """A block without its hooks: the model's own call runs them, around the cut, and must not run them twice."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block.forward(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """One call of a block as the model made it, with everything but the hidden state and the weights bound."""
@@ -36,7 +47,8 @@ class BlockCall:
         args = self.args if self.hidden_name else (hidden, *self.args)
         kwargs = {**self.kwargs, self.hidden_name: hidden} if self.hidden_name else self.kwargs
         with _forward_replaced(self.block, None):
-            return functional_call(self.block, weights, args, kwargs)
+            named = {f"block.{name}": weight for name, weight in weights.items()}
+            return functional_call(_ForwardOnly(self.block), named, args, kwargs)
 
 
 @dataclass

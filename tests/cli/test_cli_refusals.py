@@ -135,7 +135,9 @@ def test_existing_output_is_refused(train, tiny: TinyJob, tmp_path, capsys):
 
 def test_too_long_counts_the_records(tiny: TinyJob, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
-    lengths = [len(tokenizer(f"Question: {r['question']}\nAnswer: {r['answer']}")["input_ids"]) + 1 for r in tiny.rows()]
+    lengths = [
+        len(tokenizer(f"Question: {r['question']}\nAnswer: {r['answer']}")["input_ids"]) + 1 for r in tiny.rows()
+    ]
     limit = sorted(lengths)[len(lengths) // 2]
     num_long = sum(length > limit for length in lengths)
     assert 0 < num_long < len(lengths)
@@ -183,7 +185,9 @@ def test_ids_file(tiny: TinyJob, tmp_path, capsys):
     assert_refused(refused(tiny, capsys, tmp_path / "out", *overrides), 4, "data", "1 unknown record id(s) of 2")
     ids.write_text("person-0001-00\n")
     dropping = (*overrides, "data.max_length=24", "data.too_long=drop")
-    assert_refused(refused(tiny, capsys, tmp_path / "out", *dropping), 4, "data", "1 record(s) to be forgotten that are")
+    assert_refused(
+        refused(tiny, capsys, tmp_path / "out", *dropping), 4, "data", "1 record(s) to be forgotten that are"
+    )
 
 
 def test_demo_keeps_an_earlier_one(tmp_path, capsys):

@@ -66,7 +66,9 @@ class Running:
         while not condition():
             code = self.process.poll()
             assert code is None, f"ended with {code}:\n{self.out[-2000:]}\n{self.err[-4000:]}"
-            assert time.monotonic() < deadline, f"not within {timeout_seconds} s:\n{self.out[-2000:]}\n{self.err[-4000:]}"
+            assert time.monotonic() < deadline, (
+                f"not within {timeout_seconds} s:\n{self.out[-2000:]}\n{self.err[-4000:]}"
+            )
             time.sleep(0.1)
 
     def wait(self, timeout_seconds: float) -> int:
@@ -118,7 +120,12 @@ def started(command: Sequence[str], folder: Path, extra: dict[str, str] | None =
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         variables = environment(folder, mark, scratch, extra or {})
         process = subprocess.Popen(
-            list(command), cwd=folder, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            list(command),
+            cwd=folder,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
             start_new_session=True,
         )
     running = Running(process, folder, mark)

@@ -74,6 +74,7 @@ class Plan:
     cases: tuple[Case, ...] = ()
     stages: tuple[int, ...] = ()
     """Stages at which everything but the cases is done."""
+    export_stages: tuple[int, ...] = ()
     checks: tuple[tuple[str, str, CurvatureCheck], ...] = ()
     """(checkpoint, dtype, check) at stage 3."""
     training_stages: tuple[int, ...] = ()

@@ -49,6 +49,7 @@ def plan_for(world_size: int, folder: Path, corpus: EncodedCorpus) -> Plan:
         corpus=corpus,
         cases=tuple(case for case in CASES if case.world_size == world_size),
         stages=(0, 3),
+        export_stages=(3,) if world_size == 4 else (0, 3),
         checks=CHECKS if world_size == 2 else (),
         training_stages=() if world_size == 4 else (2, 3),
         refuses=world_size == 2,

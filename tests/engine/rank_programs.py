@@ -63,9 +63,10 @@ def run_plan(place: Place, plan: Plan) -> dict[str, Any]:
         found[f"scores {stage}"] = scores(worker, plan, stage)
         found[f"elements {stage}"] = elements(worker, plan, stage)
         found[f"round {stage}"] = whole_round(worker, plan, stage)
-        found[f"export {stage}"] = exports(worker, plan, stage, place.folder)
         found[f"modes {stage}"] = chosen_modes(worker, plan, stage)
         found[f"bf16 {stage}"] = half_precision(worker, plan, stage)
+    for stage in plan.export_stages:
+        found[f"export {stage}"] = exports(worker, plan, stage, place.folder)
     for name, dtype, check in plan.checks:
         worker.open_model(ModelConfig(path=str(plan.folder / name)), dtype, 3)
         found[f"check {name} {dtype} {check.product} {check.mode} {check.reference}"] = worker.check_curvature(check)

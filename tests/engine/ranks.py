@@ -61,7 +61,7 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def run_on_ranks(
-    program: str, world_size: int, folder: Path, arguments: Any = None, timeout_seconds: float = 400.0
+    program: str, world_size: int, folder: Path, arguments: Any = None, timeout_seconds: float = 600.0
 ) -> list[Any]:
     """What `program` returned on each rank.
 
