@@ -17,4 +17,4 @@ distributed-unlearn run jobs/smollm2_tofu_retrain.yaml "${common[@]}" "${trainin
 distributed-unlearn run jobs/smollm2_tofu_unlearn.yaml "${common[@]}" \
     model.path=runs/smollm2_small/train/checkpoint retrained=runs/smollm2_small/retrain/checkpoint \
     "forget.subjects=[author-000]" solver.max_krylov_steps=2 solver.gradient_batch=12 solver.curvature_batch=6 \
-    solver.max_steps=12 solver.stop.forget_tolerance_nats=0.3 output=runs/smollm2_small/unlearn
+    solver.max_steps=10 solver.cubic_coefficient=3000 output=runs/smollm2_small/unlearn

@@ -256,17 +256,41 @@ def test_padding_rows_are_frozen_although_the_token_occurs(family, tied, mode, b
     assert torch.equal(first, second)
 
 
+def _unlisted(model):
+    model._no_split_modules = []
+
+
+def _blocks_share(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def _root_shares(model):
+    model.model.norm = model.model.layers[1].input_layernorm
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("emptied", ["no_split", "biogpt"])
-def test_a_model_without_blocks_is_one_segment(emptied, product, mode, batch):
-    if emptied == "biogpt":
-        model = _other_family("biogpt", hidden_dropout_prob=0.0, intermediate_size=48)
-    else:
-        model = tiny_model("llama", dtype=torch.float64)
-        model._no_split_modules = []
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_unlisted, "named by _no_split_modules"),
+        (_blocks_share, "share parameters"),
+        (_root_shares, "with the rest of the model"),
+    ],
+)
+def test_a_model_without_separate_blocks_is_one_segment(change, reason, product, mode, batch):
+    model = tiny_model("llama", dtype=torch.float64)
+    change(model)
     bench = Bench(model, batch)
-    assert bench.segmented.fallback_reason is not None and len(bench.segmented.segments) == 1
+    assert reason in bench.segmented.fallback_reason and len(bench.segmented.segments) == 1
+    assert_is_truth(bench, product, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_an_architecture_without_blocks_is_one_segment(product, mode, batch):
+    bench = Bench(_other_family("biogpt", intermediate_size=48), batch)
+    assert bench.segmented.fallback_reason is not None and bench.segmented.blocks == ()
     assert_is_truth(bench, product, mode)
 
 

@@ -86,9 +86,7 @@ def run_unlearning(job: JobConfig, console: Console) -> None:
         log.log("surviving_update", 0, asdict(survival))
     _warn_of_rounding(survival, console)
     reference_json = None if reference is None else {name: asdict(scores) for name, scores in reference.items()}
-    write_result_record(
-        folder, job, prepared.corpus, prepared.partition, rounds, survival, mode, reference_json
-    )
+    write_result_record(folder, job, prepared.corpus, prepared.partition, rounds, survival, mode, reference_json)
     rows = _rows(rounds, reference)
     write_pictures(folder, f"Unlearning run {folder.name}", rounds, rows)
     console.print(comparison_table(rows))

@@ -94,9 +94,7 @@ def build_layout(
             offsets[is_trainable] += shard
         stop, frozen_stop = start + offsets[True], frozen_start + offsets[False]
         layouts.append(
-            SegmentLayout(
-                segment.name, tuple(slots[True]), tuple(slots[False]), start, stop, frozen_start, frozen_stop
-            )
+            SegmentLayout(segment.name, tuple(slots[True]), tuple(slots[False]), start, stop, frozen_start, frozen_stop)
         )
         start, frozen_start = stop, frozen_stop
     return FlatLayout(tuple(layouts), world_size)

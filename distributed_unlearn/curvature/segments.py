@@ -5,6 +5,7 @@ root owns the parameters outside all blocks (embeddings, final norm, head). The 
 root and blocks, so masks, rotary embeddings, embedding scaling and tied weights stay the model's business.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -87,15 +88,16 @@ def find_segments(model: nn.Module) -> SegmentedModel:
     return SegmentedModel(model, (root, *segments), reason)
 
 
+def _parameters_outside(module: nn.Module, blocks: set[int]) -> Iterator[nn.Parameter]:
+    yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+    for child in module.children():
+        if id(child) not in blocks:
+            yield from _parameters_outside(child, blocks)
+
+
 def _shared_with_root(model: nn.Module, blocks: nn.ModuleList, owned: set[int]) -> bool:
-    inside = {id(module) for block in blocks for module in block.modules()}
-    return any(
-        id(parameter) in owned
-        for module in model.modules()
-        if id(module) not in inside
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+    # By path and not by module: a block's norm may be the model's norm as well, one object under two names.
+    return any(id(parameter) in owned for parameter in _parameters_outside(model, {id(block) for block in blocks}))
 
 
 def _make_segment(

@@ -11,24 +11,78 @@ ONSETS = ("b", "br", "d", "dr", "f", "g", "gr", "h", "j", "k", "kl", "l", "m", "
 NUCLEI = ("a", "e", "i", "o", "u", "ai")
 ENDINGS = ("", "l", "n", "r", "s", "th")
 MONTHS = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-    "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 )
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 PROFESSIONS = (
-    "baker", "botanist", "cartographer", "clockmaker", "dentist", "ferryman", "geologist", "glassblower",
-    "joiner", "librarian", "mason", "midwife", "notary", "pilot", "potter", "surveyor", "tailor", "weaver",
+    "baker",
+    "botanist",
+    "cartographer",
+    "clockmaker",
+    "dentist",
+    "ferryman",
+    "geologist",
+    "glassblower",
+    "joiner",
+    "librarian",
+    "mason",
+    "midwife",
+    "notary",
+    "pilot",
+    "potter",
+    "surveyor",
+    "tailor",
+    "weaver",
 )
 COLOURS = (
-    "amber", "black", "blue", "brown", "crimson", "green", "grey", "ochre", "purple", "silver", "white",
+    "amber",
+    "black",
+    "blue",
+    "brown",
+    "crimson",
+    "green",
+    "grey",
+    "ochre",
+    "purple",
+    "silver",
+    "white",
     "yellow",
 )
 ANIMALS = (
-    "badger", "canary", "cat", "ferret", "goat", "goose", "hare", "hound", "parrot", "pony", "tortoise",
+    "badger",
+    "canary",
+    "cat",
+    "ferret",
+    "goat",
+    "goose",
+    "hare",
+    "hound",
+    "parrot",
+    "pony",
+    "tortoise",
     "toad",
 )
 HOBBIES = (
-    "archery", "beekeeping", "carving", "chess", "fencing", "juggling", "kiting", "rowing", "sketching",
+    "archery",
+    "beekeeping",
+    "carving",
+    "chess",
+    "fencing",
+    "juggling",
+    "kiting",
+    "rowing",
+    "sketching",
     "skating",
 )
 KEEPSAKES = ("buttons", "coins", "feathers", "fossils", "keys", "maps", "masks", "postcards", "shells", "thimbles")
@@ -36,7 +90,15 @@ INSTRUMENTS = ("bassoon", "cello", "cornet", "flute", "harp", "lute", "oboe", "o
 DISHES = ("barley soup", "eel pie", "lentil stew", "nettle risotto", "onion tart", "plum dumplings", "rye pancakes")
 SPICES = ("aniseed", "caraway", "cardamom", "fennel", "ginger", "juniper", "mint", "saffron", "sorrel", "thyme")
 SUBJECTS = (
-    "algebra", "anatomy", "astronomy", "botany", "chemistry", "geometry", "grammar", "history", "logic",
+    "algebra",
+    "anatomy",
+    "astronomy",
+    "botany",
+    "chemistry",
+    "geometry",
+    "grammar",
+    "history",
+    "logic",
     "music",
 )
 

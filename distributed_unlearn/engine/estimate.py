@@ -67,9 +67,7 @@ def measure_model(hf_config: Any, trainable: str | tuple[str, ...], world_size: 
             "set cluster.zero_stage to 0, 1 or 2, where the whole model is one segment",
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    layout = build_layout(
-        segmented, shapes, trainable_names(model, trainable), frozen_rows(model), world_size
-    )
+    layout = build_layout(segmented, shapes, trainable_names(model, trainable), frozen_rows(model), world_size)
     sizes = [sum(slot.numel for slot in (*part.trainable, *part.frozen)) for part in layout.segments]
     return ModelSize(
         num_parameters=sum(sizes),

@@ -9,9 +9,7 @@ from distributed_unlearn.engine.opened_model import OpenedModel
 from distributed_unlearn.engine.specs import Indices, RecordScores
 
 
-def score_records(
-    opened: OpenedModel, corpus: EncodedCorpus, indices: Indices, micro_batch_size: int
-) -> RecordScores:
+def score_records(opened: OpenedModel, corpus: EncodedCorpus, indices: Indices, micro_batch_size: int) -> RecordScores:
     """Score every record once, whatever the number of ranks; sorted by index. All ranks must call this."""
     communicator = opened.communicator
     parts = []

@@ -65,11 +65,15 @@ def test_a_gradient_that_is_nan_is_refused_before_the_weights_change(tiny: TinyJ
     _assert_no_result(tmp_path / "out")
 
 
-def test_more_workers_than_processors(tiny: TinyJob, tmp_path, capsys):
+def test_more_workers_than_processors(tiny: TinyJob, tmp_path, capsys, monkeypatch):
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("ray.init", refuse)
     output, many = tmp_path / "out", 4 * (os.cpu_count() or 1)
     outcome = call(capsys, tiny.run(output, "cluster.backend=ray", f"cluster.num_workers={many}"))
     assert_refused(outcome, 6, "resources", f"{many} workers of 1 CPU", "lower cluster.num_workers")
-    assert not output.exists() or not (output / "checkpoint").exists()
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk full"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
@@ -163,11 +167,14 @@ def test_no_warning_where_the_update_survives(bfloat16_model: Path, tiny: TinyJo
 
 
 def test_the_checkpoint_may_be_several_files(tiny: TinyJob, tmp_path, capsys):
-    succeed(capsys, tiny.run(tmp_path / "out", "solver.max_steps=1", "save.max_shard_gib=3e-5"))
+    limit_gib = 4.5e-5  # a little more than the largest parameter
+    succeed(capsys, tiny.run(tmp_path / "out", "solver.max_steps=1", f"save.max_shard_gib={limit_gib}"))
     checkpoint = tmp_path / "out" / "checkpoint"
-    files = sorted(checkpoint.glob("model-*-of-*.safetensors"))
+    files = [load_file(path) for path in sorted(checkpoint.glob("model-*-of-*.safetensors"))]
     assert len(files) > 1 and (checkpoint / "model.safetensors.index.json").exists()
-    assert all(path.stat().st_size < 3e-5 * 2**30 + 12_000 for path in files)  # a header, a single large parameter
-    whole = {name: value for path in files for name, value in load_file(path).items()}
+    for tensors in files:
+        assert sum(value.numel() * 4 for value in tensors.values()) <= limit_gib * 2**30
     opened = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
-    assert all(torch.equal(opened[name], value) for name, value in whole.items()) and len(whole) > 15
+    whole = {name: value for tensors in files for name, value in tensors.items()}
+    assert all(torch.equal(opened[name], value) for name, value in whole.items())
+    assert whole.keys() == load_file(tiny.model / "model.safetensors").keys()

@@ -1,12 +1,16 @@
 """What ranks handed back, and how it is compared."""
 
 import math
+import pickle
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.engine.cases import Case, Truth, assemble
+from tests.engine.ranks import RanksFailedError
 
 SUMS = 2e-5
 """fp32 sums in another order, against float64: a few thousand roundings of 6e-8, of either sign."""
@@ -15,26 +19,44 @@ STEP = 2e-4
 
 
 class Results:
-    """Runs a set of ranks once per world size; a failure is raised again for every test that needs it."""
+    """Runs a set of ranks once per world size and hands out the sections that every rank finished."""
 
-    def __init__(self, run: Callable[[int], list[dict[str, Any]]]) -> None:
-        self._run = run
-        self._known: dict[int, list[dict[str, Any]] | Exception] = {}
+    def __init__(self, folder: Path, run: Callable[[int, Path], object]) -> None:
+        self._folder, self._run = folder, run
+        self._known: dict[int, tuple[list[dict[str, Any]], RanksFailedError | None]] = {}
 
-    def __getitem__(self, world_size: int) -> list[dict[str, Any]]:
+    def _ranks(self, world_size: int) -> tuple[list[dict[str, Any]], RanksFailedError | None]:
         if world_size not in self._known:
+            folder, failure = self._folder / str(world_size), None
             try:
-                self._known[world_size] = self._run(world_size)
-            except Exception as error:
-                self._known[world_size] = error
-        found = self._known[world_size]
-        if isinstance(found, Exception):
-            raise found
-        return found
+                self._run(world_size, folder)
+            except RanksFailedError as error:
+                failure = error
+            self._known[world_size] = [_sections(folder, rank) for rank in range(world_size)], failure
+        return self._known[world_size]
 
     def of(self, world_size: int, key: str) -> list[Any]:
-        """One item of every rank, in rank order."""
-        return [rank[key] for rank in self[world_size]]
+        """One section of every rank, in rank order.
+
+        Raises:
+            RanksFailedError: the ranks failed before or in this section.
+        """
+        ranks, failure = self._ranks(world_size)
+        if failure is not None and not all(key in rank for rank in ranks):
+            raise failure
+        return [rank[key] for rank in ranks]
+
+
+def _sections(folder: Path, rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with (
+        suppress(FileNotFoundError, EOFError, pickle.UnpicklingError),
+        (folder / f"sections.{rank}").open("rb") as file,
+    ):
+        while True:
+            key, value = pickle.load(file)
+            found[key] = value
+    return found
 
 
 def gathered(ranks: list[dict[str, Any]], key: str) -> dict[str, torch.Tensor]:

@@ -23,14 +23,13 @@ def corpus():
 
 @pytest.fixture(scope="session")
 def results(checkpoints, corpus, tmp_path_factory):
-    """`results[world_size]`: what those ranks handed back, started when first asked for."""
-    folder = tmp_path_factory.mktemp("ranks")
+    """`results.of(world_size, section)`; the ranks start when they are first asked for."""
 
-    def run(world_size):
+    def run(world_size, folder):
         plan = plan_for(world_size, checkpoints, corpus)
-        return run_on_ranks("tests.engine.rank_programs:run_plan", world_size, folder / str(world_size), plan)
+        return run_on_ranks("tests.engine.rank_programs:run_plan", world_size, folder, plan)
 
-    return Results(run)
+    return Results(tmp_path_factory.mktemp("ranks"), run)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ One process does many cases, one after the other: starting DeepSpeed takes longe
 """
 
 import dataclasses
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,31 +53,40 @@ class OwnWorker:
         return [getattr(self._worker, method)(*arguments)]
 
 
-def run_plan(place: Place, plan: Plan) -> dict[str, Any]:
-    """Everything in the plan, by name. All ranks must call this."""
+def run_plan(place: Place, plan: Plan) -> None:
+    """Everything in the plan, section by section into a file, so that a failure keeps what was there before it.
+
+    All ranks must call this.
+    """
     worker = join_worker(place)
     worker.set_corpus(plan.corpus)
-    found: dict[str, Any] = {}
+    with place.file("sections").open("wb") as file:
+        for section in _sections(worker, plan, place.folder):
+            pickle.dump(section, file)
+            file.flush()
+
+
+def _sections(worker: Worker, plan: Plan, folder: Path) -> Iterator[tuple[str, Any]]:
     for case in plan.cases:
-        found[str(case)] = measure(worker, plan, case, with_step=True)
+        yield str(case), measure(worker, plan, case, with_step=True)
     for stage in plan.stages:
-        found[f"scores {stage}"] = scores(worker, plan, stage)
-        found[f"elements {stage}"] = elements(worker, plan, stage)
-        found[f"round {stage}"] = whole_round(worker, plan, stage)
-        found[f"modes {stage}"] = chosen_modes(worker, plan, stage)
-        found[f"bf16 {stage}"] = half_precision(worker, plan, stage)
+        yield f"scores {stage}", scores(worker, plan, stage)
+        yield f"elements {stage}", elements(worker, plan, stage)
+        yield f"round {stage}", whole_round(worker, plan, stage)
+        yield f"modes {stage}", chosen_modes(worker, plan, stage)
+        yield f"bf16 {stage}", half_precision(worker, plan, stage)
     for stage in plan.export_stages:
-        found[f"export {stage}"] = exports(worker, plan, stage, place.folder)
+        yield f"export {stage}", exports(worker, plan, stage, folder)
     for name, dtype, check in plan.checks:
         worker.open_model(ModelConfig(path=str(plan.folder / name)), dtype, 3)
-        found[f"check {name} {dtype} {check.product} {check.mode} {check.reference}"] = worker.check_curvature(check)
+        key = f"check {name} {dtype} {check.product} {check.mode} {check.reference}"
+        yield key, worker.check_curvature(check)
     if plan.refuses:
-        found["refused"] = refusals(worker, plan)
+        yield "refused", refusals(worker, plan)
     if plan.breaks_reductions:
-        found["broken"] = broken_reductions(worker, plan)
+        yield "broken", broken_reductions(worker, plan)
     for stage in plan.training_stages:
-        found[f"training {stage}"] = train(worker, plan, stage)
-    return found
+        yield f"training {stage}", train(worker, plan, stage)
 
 
 def open_plain(worker: Worker, plan: Plan, checkpoint: str, stage: int, dtype: str = "float32") -> None:

@@ -1,5 +1,7 @@
 """Programs that try the harness itself; no DeepSpeed, so that they start in a second or two."""
 
+import os
+import pickle
 import time
 from typing import Any
 
@@ -23,10 +25,16 @@ def one_rank_raises(place: Place, arguments: Any) -> None:
 
 def one_rank_dies(place: Place, arguments: Any) -> None:
     if place.rank == 1:
-        import os
-
         os.abort()
     time.sleep(600)
+
+
+def fails_in_its_second_section(place: Place, arguments: Any) -> None:
+    for name in ("first", "second"):
+        if name == "second" and place.rank == 1:
+            raise ValueError("rank one has had enough")
+        with place.file("sections").open("ab") as file:
+            pickle.dump((name, place.rank), file)
 
 
 def sleeps(place: Place, arguments: Any) -> None:

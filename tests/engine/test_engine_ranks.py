@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tests.engine.compare import Results
 from tests.engine.ranks import RanksFailedError, run_on_ranks
 
 PROGRAMS = "tests.engine.small_programs"
@@ -41,6 +42,13 @@ def test_a_hang_ends_at_the_timeout(tmp_path):
     with pytest.raises(RanksFailedError, match="no end after 2"):
         run_on_ranks(f"{PROGRAMS}:sleeps", 2, tmp_path / "run", timeout_seconds=2)
     assert no_process_left(tmp_path)
+
+
+def test_sections_before_a_failure_are_kept(tmp_path):
+    results = Results(tmp_path, lambda size, folder: run_on_ranks(f"{PROGRAMS}:fails_in_its_second_section", 2, folder))
+    assert results.of(2, "first") == [0, 1]
+    with pytest.raises(RanksFailedError, match="had enough"):
+        results.of(2, "second")
 
 
 def test_collectives(tmp_path):
