@@ -14,7 +14,7 @@ from tiny_job import TinyJob
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(420),
     pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="fewer processors than workers"),
 ]
 
@@ -26,7 +26,7 @@ def endless(tiny: TinyJob, tmp_path: Path) -> Iterator[Running]:
     (tmp_path / "here" / "model").symlink_to(tiny.model)
     overrides = ("model.path=./model", "cluster.backend=ray", "cluster.num_workers=2", "solver.max_steps=100000")
     with started(command_line(*tiny.run(Path("out"), *overrides)), tmp_path / "here") as running:
-        running.wait_until(lambda: _num_steps(running) >= 3, 200)
+        running.wait_until(lambda: _num_steps(running) >= 3, 240)
         assert len(running.actors()) == 2
         yield running
 

@@ -32,9 +32,11 @@ from distributed_unlearn.records import RoundRecord
 from distributed_unlearn.rounds.group import WorkerGroup
 from distributed_unlearn.rounds.round import RoundTask, run_round
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-CLUSTER = ClusterConfig(num_workers=2, zero_stage=3, use_gpu="never", placement_timeout_seconds=60.0)
+CLUSTER = ClusterConfig(
+    num_workers=2, zero_stage=3, use_gpu="never", placement_timeout_seconds=120.0, call_timeout_seconds=200.0
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -160,5 +162,5 @@ def test_a_silent_worker_is_named_and_ended(tiny: TinyJob):
         assert time.monotonic() - before < 30
         assert "rank 1: no answer" in caught.value.got and "rank 0: no answer" not in caught.value.got
         assert caught.value.exit_code == 8
-        assert _alive(process_ids, patience_seconds=1.0) == []  # the stopped one too, which Ray's own kill leaves behind
+        assert _alive(process_ids, patience_seconds=1.0) == []  # the stopped one too
     assert ray.is_initialized()

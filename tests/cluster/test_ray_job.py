@@ -18,7 +18,7 @@ from processes import ROOT, Running, started
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(420),
+    pytest.mark.timeout(600),
     pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="fewer processors than workers"),
 ]
 
@@ -40,7 +40,7 @@ class Head:
         options = ["--address", self.address, "--submission-id", name, "--working-dir", str(self.working_dir)]
         arguments = [RAY, "job", "submit", *options, "--", sys.executable, *command]
         with started(arguments, folder, environment) as submitted:
-            submitted.wait(240)
+            submitted.wait(400)
         return submitted
 
     def ask(self, path: str, token: str | None) -> tuple[int, dict[str, Any]]:
