@@ -177,7 +177,11 @@ def _warn_of_rounding(survival: Any, console: Console) -> None:
 
 
 def _rows(rounds: Sequence[RoundRecord], reference: dict[str, SetScores] | None) -> list[MethodRow]:
-    rows = [MethodRow("before", rounds[-1].before, None, None, None)]
+    last = rounds[-1]
+    score = None
+    if reference is not None and last.tug_of_war is not None:
+        score = tug_of_war(last.before, reference, tuple(reference))
+    rows = [MethodRow("before", last.before, score, None, None)]
     for record in rounds:
         name = "after" if len(rounds) == 1 else f"after round {record.round_index + 1}"
         rows.append(MethodRow(name, record.after, record.tug_of_war, record.wall_seconds, record.num_products))

@@ -73,11 +73,15 @@ def head(tmp_path_factory) -> Iterator[Head]:
     working_dir = folder / "working_dir"
     for name in ("distributed_unlearn", "jobs"):
         shutil.copytree(ROOT / name, working_dir / name, ignore=shutil.ignore_patterns("__pycache__"))
-    port, dashboard_port, agent_port, metrics_port = _free_ports(4)
+    port, dashboard_port, agent_port, metrics_port, client_port = _free_ports(5)
     options = ["--head", "--block", "--num-cpus=2", "--num-gpus=0", "--node-ip-address=127.0.0.1", f"--port={port}"]
     options += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
     options += [f"--dashboard-agent-listen-port={agent_port}", f"--metrics-export-port={metrics_port}"]
-    options += ["--disable-usage-stats", f"--object-store-memory={200 * 2**20}"]
+    options += [
+        f"--ray-client-server-port={client_port}",
+        "--disable-usage-stats",
+        f"--object-store-memory={200 * 2**20}",
+    ]
     found = Head(f"http://127.0.0.1:{dashboard_port}", token_file, working_dir)
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     with started([RAY, "start", *options], folder / "home", {**found.credentials, **loopback}) as running:
