@@ -34,7 +34,7 @@ class DataError(UserError):
 
 
 class ModelError(UserError):
-    """The checkpoint is wrong: missing folder, not safetensors, no pad token, NaN in the weights."""
+    """The checkpoint is wrong: missing folder, not safetensors, no pad token, no blocks at stage 3."""
 
     exit_code, kind = 5, "model"
 
@@ -46,7 +46,7 @@ class ResourceError(UserError):
 
 
 class NumericalError(UserError):
-    """A loss, gradient or product is not finite; the weights are as they were before the step."""
+    """Weights, a loss, a gradient or a product are not finite; nothing was changed by the step that found it."""
 
     exit_code, kind = 7, "numerics"
 
