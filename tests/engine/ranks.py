@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 COLLECTIVE_TIMEOUT_SECONDS = 120.0
+GRACE_SECONDS = 1.0
 
 
 class RanksFailedError(Exception):
@@ -60,6 +61,15 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
+def _what_failed(processes: list[subprocess.Popen[bytes]], folder: Path) -> str:
+    # The peers of a rank that raises fail too (connection closed), at times before it has written its result.
+    time.sleep(GRACE_SECONDS)
+    bad = [(rank, process.poll()) for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+    tails = [(folder / f"log.{rank}").read_text(errors="replace")[-4000:] for rank, _ in bad]
+    parts = [f"rank {rank} ended with exit code {code}:\n{tail}" for (rank, code), tail in zip(bad, tails, strict=True)]
+    return "\n".join(parts)
+
+
 def run_on_ranks(
     program: str, world_size: int, folder: Path, arguments: Any = None, timeout_seconds: float = 600.0
 ) -> list[Any]:
@@ -81,10 +91,8 @@ def run_on_ranks(
     try:
         while True:
             codes = [process.poll() for process in processes]
-            bad = next((rank for rank, code in enumerate(codes) if code not in (None, 0)), None)
-            if bad is not None:
-                tail = (folder / f"log.{bad}").read_text(errors="replace")[-4000:]
-                raise RanksFailedError(f"rank {bad} ended with exit code {codes[bad]}:\n{tail}")
+            if any(code not in (None, 0) for code in codes):
+                raise RanksFailedError(_what_failed(processes, folder))
             if all(code == 0 for code in codes):
                 break
             if time.monotonic() > deadline:

@@ -30,7 +30,9 @@ def one_rank_dies(place: Place, arguments: Any) -> None:
 
 
 def fails_in_its_second_section(place: Place, arguments: Any) -> None:
+    communicator = join_group(place)
     for name in ("first", "second"):
+        communicator.barrier()  # as in real sections: nobody fails in one before everybody has finished the last
         if name == "second" and place.rank == 1:
             raise ValueError("rank one has had enough")
         with place.file("sections").open("ab") as file:
