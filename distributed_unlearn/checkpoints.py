@@ -25,6 +25,12 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            _flush_names(path)
+
+
+def _flush_names(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -69,9 +75,11 @@ def complete_folder(destination: Path, overwrite: bool) -> Iterator[Path]:
             except BaseException:
                 old.rename(destination)
                 raise
+            _flush_names(destination.parent)
             shutil.rmtree(old)
         else:
             staging.rename(destination)
+            _flush_names(destination.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -133,7 +133,7 @@ class SolverConfig(StrictModel):
     curvature_batch: int = Field(default=16, ge=1)
     """Records per curvature minibatch, the head of the gradient minibatch."""
     max_steps: int = Field(default=30, ge=1)
-    learning_rate: float = Field(default=2e-4, gt=0.0)
+    learning_rate: float = Field(default=2e-4, gt=0.0, le=1e38)
     """adamw, sgd."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     seed: int = Field(default=0, ge=0)
@@ -141,7 +141,7 @@ class SolverConfig(StrictModel):
 
     @model_validator(mode="after")
     def _batches_fit(self) -> "SolverConfig":
-        if self.curvature_batch > self.gradient_batch:
+        if self.method == "scurenewton" and self.curvature_batch > self.gradient_batch:
             raise ValueError("curvature_batch is larger than gradient_batch, of which it is the head; lower it")
         if self.very_good_threshold < self.acceptance_threshold:
             raise ValueError("very_good_threshold is below acceptance_threshold; raise it")
@@ -202,12 +202,12 @@ class SaveConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """Fine-tuning (`distributed-unlearn train`): accelerate + DeepSpeed inside the same workers."""
+    """Fine-tuning instead of unlearning: accelerate + DeepSpeed inside the same workers."""
 
     epochs: int = Field(default=3, ge=1)
     batch_size: int = Field(default=16, ge=1)
     """Global records per optimiser step."""
-    learning_rate: float = Field(default=1e-4, gt=0.0)
+    learning_rate: float = Field(default=1e-4, gt=0.0, le=1e38)
     weight_decay: float = Field(default=0.01, ge=0.0)
     warmup_share: float = Field(default=0.1, ge=0.0, lt=1.0)
     max_gradient_norm: float = Field(default=1.0, gt=0.0)

@@ -117,6 +117,7 @@ def test_contradictions_are_refused_with_a_remedy():
 
 def test_batches_of_equal_size_and_one_process_are_allowed():
     parse_job(job(solver={"gradient_batch": 8, "curvature_batch": 8}), "job.yaml")
+    parse_job(job(solver={"method": "adamw", "gradient_batch": 8}), "job.yaml")  # which has no curvature batch
     parse_job(job(cluster={"backend": "in_process", "num_workers": 1}), "job.yaml")
 
 

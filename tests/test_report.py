@@ -126,15 +126,21 @@ def test_run_log_turns_non_finite_numbers_into_null_and_says_so(tmp_path):
     assert line["non_finite"] == {"loss": "nan", "terms.a": "inf", "list.1": "-inf"}
 
 
-def test_run_log_appends_and_closes_a_line_cut_off_by_a_crash(tmp_path):
+def test_run_log_keeps_one_earlier_run_aside_and_never_mixes_two(tmp_path):
+    for loss in (1.0, 2.0, 3.0):
+        with RunLog(tmp_path) as log:
+            log.log("step", 0, {"loss": loss})
     with RunLog(tmp_path) as log:
-        log.log("step", 0, {"loss": 1.0})
-    with log.path.open("a", encoding="utf-8") as file:
-        file.write('{"kind": "st')
+        pass  # ended before its first line
     with RunLog(tmp_path) as log:
-        log.log("step", 1, {"loss": 2.0})
-    lines = log.path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 3 and json.loads(lines[2])["values"] == {"loss": 2.0}
+        log.log("step", 0, {"loss": 4.0})
+
+    def losses(name):
+        return [json.loads(line)["values"]["loss"] for line in (tmp_path / name).read_text("utf-8").splitlines()]
+
+    assert losses("metrics.jsonl") == [4.0] and losses("metrics.previous.jsonl") == [3.0]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"tensorboard", "tensorboard.previous"}
+    assert len(list((tmp_path / "tensorboard.previous").iterdir())) == 1
 
 
 def test_run_log_refuses_objects_and_writes_nothing_then(tmp_path):

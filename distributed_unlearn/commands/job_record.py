@@ -110,7 +110,9 @@ def finite(value: Any) -> Any:
 
 
 def write_pictures(folder: Path, title: str, rounds: Sequence[RoundRecord], rows: Sequence[MethodRow]) -> None:
-    """Draw the course of every round and write one page with tables and pictures."""
+    """Draw the course of every round and write one page with tables and pictures; an earlier run's pictures go."""
+    for old in folder.glob("steps_round_*.png"):
+        old.unlink()
     images = []
     for record in rounds:
         path = folder / f"steps_round_{record.round_index}.png"

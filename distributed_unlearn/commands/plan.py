@@ -1,9 +1,11 @@
 """`plan`: validate a job, resolve its data and say what it will need, without touching the weights."""
 
+from typing import Any
+
 import torch
 from rich.console import Console
 
-from distributed_unlearn.commands.train import prepare_training
+from distributed_unlearn.commands.train import prepare_training, training_records, training_stage
 from distributed_unlearn.commands.unlearn import describe_data, prepare_job
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData, load_model_config
@@ -14,8 +16,10 @@ from distributed_unlearn.engine.estimate import (
     elements_per_gradient,
     elements_per_product,
     estimate_memory,
+    estimate_training_memory,
     measure_model,
 )
+from distributed_unlearn.engine.training import plan_training
 from distributed_unlearn.report.tables import plan_table
 
 Row = tuple[str, str, str]
@@ -25,22 +29,16 @@ def run_plan(job: JobConfig, console: Console) -> None:
     """Print the estimate; every mistake that `run` would refuse before loading weights is refused here too."""
     prepared = prepare_job(job) if job.train is None else prepare_training(job)
     hf_config = load_model_config(job.model)
-    cluster = job.cluster
-    size = measure_model(hf_config, job.model.trainable, cluster.num_workers, cluster.zero_stage)
-    dtype: torch.dtype = getattr(torch, job.model.dtype)
-    memory = estimate_memory(
-        size,
-        hf_config,
-        dtype,
-        cluster.zero_stage,
-        _num_vectors(job),
-        job.curvature.micro_batch_size,
-        prepared.report.longest,
-    )
+    size = measure_model(hf_config, job.model.trainable, job.cluster.num_workers, job.cluster.zero_stage)
+    longest = prepared.report.longest
+    if job.train is None:
+        rows = _unlearning_rows(size, hf_config, job, prepared, longest)
+    else:
+        rows = _training_rows(size, hf_config, job, prepared, longest)
     console.print(describe_data(prepared), markup=False, highlight=False)
     if size.fallback_reason is not None:
         console.print(f"warning: the whole model is one segment: {size.fallback_reason}", style="yellow")
-    console.print(plan_table([*_model_rows(size, job), *_memory_rows(memory), *_round_rows(size, job, prepared)]))
+    console.print(plan_table([*_model_rows(size, job), *rows]))
     console.print("the job is valid; nothing was loaded or written", highlight=False)
 
 
@@ -62,17 +60,46 @@ def _model_rows(size: ModelSize, job: JobConfig) -> list[Row]:
     ]
 
 
-def _memory_rows(memory: MemoryEstimate) -> list[Row]:
-    def gib(value: int) -> str:
-        return f"{value / 2**30:.3f} GiB"
+def _gib(value: int) -> str:
+    return f"{value / 2**30:.3f} GiB"
 
+
+def _unlearning_rows(
+    size: ModelSize, hf_config: Any, job: JobConfig, prepared: PreparedData, longest: int
+) -> list[Row]:
+    dtype: torch.dtype = getattr(torch, job.model.dtype)
+    stage, micro = job.cluster.zero_stage, job.curvature.micro_batch_size
+    memory = estimate_memory(size, hf_config, dtype, stage, _num_vectors(job), micro, longest)
+    return [*_memory_rows(memory), *_round_rows(size, job, prepared)]
+
+
+def _training_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: PreparedData, longest: int) -> list[Row]:
+    assert job.train is not None
+    dtype: torch.dtype = getattr(torch, job.model.dtype)
+    stage, micro = training_stage(job), job.curvature.micro_batch_size
+    memory = estimate_training_memory(size, hf_config, dtype, stage, micro, longest)
+    num_records = len(training_records(job, prepared))
+    plan = plan_training(job.train, num_records, job.cluster.num_workers, micro)
+    accumulation = f"{plan.batch_size} records each, {plan.accumulation_steps} micro-batches of {micro} a rank"
     return [
-        ("memory a rank", gib(memory.total), "estimate, recompute mode; cached mode adds what it measures"),
-        ("  weights", gib(memory.weights), "gathered from; fp32 master beside it where they differ"),
-        ("  vectors", gib(memory.vectors), "gradient, Krylov basis, undo copy; fp32, partitioned"),
-        ("  copies on the host", gib(memory.host_copies), "weights at the start of job and round"),
-        ("  gathered segments", gib(memory.gathered), "root and one block: weights, tangent, two results"),
-        ("  activations", gib(memory.activations), "one micro-batch"),
+        ("memory a rank", _gib(memory.total), f"estimate, training at ZeRO stage {stage}"),
+        ("  weights", _gib(memory.weights), "partitioned at stage 3"),
+        ("  gradients", _gib(memory.gradients), "partitioned from stage 2 on"),
+        ("  optimizer states", _gib(memory.optimizer_states), "AdamW; partitioned from stage 1 on"),
+        ("  activations", _gib(memory.activations), "one micro-batch, all blocks"),
+        ("training records", f"{num_records}", f"{job.train.epochs} epochs"),
+        ("training steps", f"{plan.num_steps}", accumulation),
+    ]
+
+
+def _memory_rows(memory: MemoryEstimate) -> list[Row]:
+    return [
+        ("memory a rank", _gib(memory.total), "estimate, recompute mode; cached mode adds what it measures"),
+        ("  weights", _gib(memory.weights), "gathered from; fp32 master beside it where they differ"),
+        ("  vectors", _gib(memory.vectors), "gradient, Krylov basis, undo copy; fp32, partitioned"),
+        ("  copies on the host", _gib(memory.host_copies), "weights at the start of job and round"),
+        ("  gathered segments", _gib(memory.gathered), "root and one block: weights, tangent, two results"),
+        ("  activations", _gib(memory.activations), "one micro-batch"),
     ]
 
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from distributed_unlearn.checkpoints import package_versions, refuse_existing, require_safetensors, write_json
@@ -29,6 +30,19 @@ def prepare_training(job: JobConfig) -> PreparedData:
     return prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
 
 
+def training_records(job: JobConfig, prepared: PreparedData) -> np.ndarray:
+    """Indices of the records that the job trains on."""
+    assert job.train is not None
+    partition = prepared.partition
+    return partition.retain(len(partition.forget_rounds) - 1) if job.train.exclude_forget else partition.training
+
+
+def training_stage(job: JobConfig) -> int:
+    """ZeRO stage of the training: its own, else the cluster's."""
+    assert job.train is not None
+    return job.cluster.zero_stage if job.train.zero_stage is None else job.train.zero_stage
+
+
 def run_training_job(job: JobConfig, console: Console) -> None:
     """Train, score and write the checkpoint.
 
@@ -39,9 +53,7 @@ def run_training_job(job: JobConfig, console: Console) -> None:
     folder = Path(job.output)
     prepared = prepare_training(job)
     console.print(describe_data(prepared), markup=False, highlight=False)
-    partition = prepared.partition
-    last = len(partition.forget_rounds) - 1
-    indices = partition.retain(last) if job.train.exclude_forget else partition.training
+    partition, indices = prepared.partition, training_records(job, prepared)
     progress = TrainingProgress(console, "training")
     with open_group(job.cluster) as group, RunLog(folder) as log:
         group.call_all("set_corpus", group.share(prepared.corpus))
@@ -50,7 +62,6 @@ def run_training_job(job: JobConfig, console: Console) -> None:
             progress.update(step, loss)
             log.log("train", step, {"loss_nats_per_token": loss})
 
-        stage = job.cluster.zero_stage if job.train.zero_stage is None else job.train.zero_stage
         try:
             losses = run_training(
                 group,
@@ -58,7 +69,7 @@ def run_training_job(job: JobConfig, console: Console) -> None:
                     model=job.model,
                     train=job.train,
                     indices=indices,
-                    zero_stage=stage,
+                    zero_stage=training_stage(job),
                     micro_batch_size=job.curvature.micro_batch_size,
                     seed=job.solver.seed,
                     destination=folder / "checkpoint",

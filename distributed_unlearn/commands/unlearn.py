@@ -33,6 +33,9 @@ from distributed_unlearn.rounds.evaluate import evaluate_sets
 from distributed_unlearn.rounds.group import WorkerGroup
 from distributed_unlearn.rounds.round import RoundTask, run_round
 
+_DAMAGE_NATS = 0.5
+"""Rise of the retain loss, nats per token, above which the result is called damaged."""
+
 
 def prepare_job(job: JobConfig) -> PreparedData:
     """Everything that can be refused before a weight is loaded.
@@ -85,6 +88,7 @@ def run_unlearning(job: JobConfig, console: Console) -> None:
             survival = _write_checkpoint(group, job, rounds, folder)
         log.log("surviving_update", 0, asdict(survival))
     _warn_of_rounding(survival, console)
+    _warn_of_damage(rounds[-1], console)
     reference_json = None if reference is None else {name: asdict(scores) for name, scores in reference.items()}
     write_result_record(folder, job, prepared.corpus, prepared.partition, rounds, survival, mode, reference_json)
     rows = _rows(rounds, reference)
@@ -172,6 +176,17 @@ def _warn_of_rounding(survival: Any, console: Console) -> None:
             f"WARNING: only {survival.projection:.1%} of the update survives the saved dtype {survival.dtype}: the "
             "checkpoint on disk has not forgotten what the fp32 weights have. Set save.dtype=float32, or "
             "save.fp32_master=true to keep the fp32 weights beside it.",
+            style="bold red",
+        )
+
+
+def _warn_of_damage(last: RoundRecord, console: Console) -> None:
+    before, after = (scores["retain"].loss_nats_per_token for scores in (last.before, last.after))
+    if not after <= before + _DAMAGE_NATS:
+        console.print(
+            f"WARNING: the loss on the retain set rose from {before:.3f} to {after:.3f} nats per token in the last "
+            "round: the model has lost part of what it should keep. Raise solver.max_steps, so that the round can win "
+            "it back; or lower solver.learning_rate, if the method is a first-order one.",
             style="bold red",
         )
 

@@ -50,6 +50,23 @@ class MemoryEstimate:
         return self.weights + self.vectors + self.host_copies + self.gathered + self.activations
 
 
+@dataclass(frozen=True)
+class TrainingMemoryEstimate:
+    """Bytes on one rank while it trains under DeepSpeed with AdamW (Rajbhandari et al. 2020, section 3)."""
+
+    weights: int
+    gradients: int
+    optimizer_states: int
+    """Two fp32 moments and, but at stage 0 in float32, an fp32 copy of the weights."""
+    activations: int
+    """All blocks' graphs and the logits for one micro-batch."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return self.weights + self.gradients + self.optimizer_states + self.activations
+
+
 def measure_model(hf_config: Any, trainable: str | tuple[str, ...], world_size: int, zero_stage: int) -> ModelSize:
     """Build the architecture without weights and lay it out.
 
@@ -95,13 +112,9 @@ def estimate_memory(
     weights = (size.num_parameters // world if zero_stage == 3 else size.num_parameters) * item
     if not (zero_stage == 3 and dtype == torch.float32):
         weights += shard
-    tokens = micro_batch_size * sequence_length
-    hidden, layers = int(hf_config.hidden_size), max(size.num_blocks, 1)
-    inner = int(getattr(hf_config, "intermediate_size", 4 * hidden) or 4 * hidden)
-    heads = int(getattr(hf_config, "num_attention_heads", 1) or 1)
-    # A block's graph keeps about a dozen hidden states, four inner states and three attention maps; a product
-    # holds its gradient graph and its tangents too, about three times that.
-    block = tokens * (12 * hidden + 4 * inner + 3 * heads * sequence_length)
+    tokens, hidden, block = _activation_sizes(hf_config, micro_batch_size, sequence_length)
+    layers = max(size.num_blocks, 1)
+    # A product holds a block's gradient graph and its tangents beside its graph, about three times that.
     activations = item * (2 * layers * tokens * hidden + 3 * block) + 4 * 4 * tokens * int(hf_config.vocab_size)
     return MemoryEstimate(
         weights=weights,
@@ -109,6 +122,30 @@ def estimate_memory(
         host_copies=2 * shard,
         gathered=4 * item * (size.root_parameters + size.largest_block_parameters),
         activations=activations,
+    )
+
+
+def _activation_sizes(hf_config: Any, micro_batch_size: int, sequence_length: int) -> tuple[int, int, int]:
+    """Tokens of a micro-batch, hidden size, and the elements that one block's graph keeps."""
+    tokens, hidden = micro_batch_size * sequence_length, int(hf_config.hidden_size)
+    inner = int(getattr(hf_config, "intermediate_size", 4 * hidden) or 4 * hidden)
+    heads = int(getattr(hf_config, "num_attention_heads", 1) or 1)
+    # About a dozen hidden states, four inner states and three attention maps.
+    return tokens, hidden, tokens * (12 * hidden + 4 * inner + 3 * heads * sequence_length)
+
+
+def estimate_training_memory(
+    size: ModelSize, hf_config: Any, dtype: torch.dtype, zero_stage: int, micro_batch_size: int, sequence_length: int
+) -> TrainingMemoryEstimate:
+    """Largest terms of one rank's memory in a training job; `zero_stage` is the training's own."""
+    world, item = size.layout.world_size, dtype.itemsize
+    tokens, _, block = _activation_sizes(hf_config, micro_batch_size, sequence_length)
+    states = (8 if zero_stage == 0 and dtype == torch.float32 else 12) * size.num_trainable
+    return TrainingMemoryEstimate(
+        weights=item * (size.num_parameters // world if zero_stage == 3 else size.num_parameters),
+        gradients=item * (size.num_trainable // world if zero_stage >= 2 else size.num_trainable),
+        optimizer_states=states // world if zero_stage >= 1 else states,
+        activations=item * max(size.num_blocks, 1) * block + 3 * 4 * tokens * int(hf_config.vocab_size),
     )
 
 

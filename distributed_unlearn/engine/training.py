@@ -48,8 +48,18 @@ def warmup_then_cosine(step: int, num_steps: int, warmup_share: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, vectors (norms, biases) without; no empty group, which DeepSpeed cannot flatten."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # At stage 3 a parameter's own shape is that of an empty placeholder.
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
 class Trainer:
-    """AdamW under DeepSpeed ZeRO. Every method is collective: all ranks must call it."""
+    """AdamW under DeepSpeed ZeRO on the parameters that require gradients. All ranks must call every method."""
 
     def __init__(
         self,
@@ -71,10 +81,7 @@ class Trainer:
         # (`cpu=True` would make it use DistributedDataParallel instead of DeepSpeed.)
         AcceleratorState._reset_state(reset_partial_state=True)
         self._accelerator = Accelerator(deepspeed_plugin=plugin)
-        decayed = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1]
-        plain = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) <= 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.learning_rate)
         self._engine, self._optimizer = self._accelerator.prepare(model.train(), optimizer)
         assert type(self._engine).__name__ == "DeepSpeedEngine", "accelerate did not choose DeepSpeed"
         self.model = model

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import transformers
 
 from distributed_unlearn.config import ModelConfig, SaveConfig, TrainConfig
+from distributed_unlearn.curvature.segments import trainable_names
 from distributed_unlearn.data.encoding import EncodedCorpus
 from distributed_unlearn.engine.check import check_curvature
 from distributed_unlearn.engine.communicator import Communicator, RankSpec, connect, open_store
@@ -185,12 +186,19 @@ class Worker:
         micro_batch_size: int,
         seed: int,
     ) -> TrainingPlan:
-        """Load a checkpoint and put it under DeepSpeed's optimiser."""
+        """Load a checkpoint and put what is trainable under DeepSpeed's optimiser.
+
+        Raises:
+            ModelError: not loadable, or a trainable pattern that matches nothing.
+        """
         assert self._corpus is not None
         self.close_model()
         dtype = getattr(torch, config.dtype)
         self._stage = zero_stage
         model = load_model(config.path, config.revision, dtype, zero_stage, self.communicator.device)
+        names = trainable_names(model, config.trainable)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
         self._trainer = Trainer(
             model, self._corpus, indices, train, zero_stage, micro_batch_size, seed, self.communicator
         )

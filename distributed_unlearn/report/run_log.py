@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -45,20 +46,35 @@ def _scalars(value: Any, path: str) -> dict[str, float]:
     return {}
 
 
+def _set_aside(directory: Path) -> None:
+    """Rename an earlier run's files to `*.previous`, so that figures of two runs are never mixed and none is lost."""
+    pairs = (
+        (directory / "metrics.jsonl", directory / "metrics.previous.jsonl"),
+        (directory / "tensorboard", directory / "tensorboard.previous"),
+    )
+    lines = pairs[0][0]
+    if not (lines.is_file() and lines.stat().st_size > 0):
+        return  # a run that ended before its first line displaces nothing
+    for current, previous in pairs:
+        if previous.is_dir():
+            shutil.rmtree(previous)
+        if current.exists():
+            current.replace(previous)
+
+
 class RunLog:
-    """Appends to `directory/metrics.jsonl`, flushed line by line, and to `directory/tensorboard`.
+    """Writes `directory/metrics.jsonl`, flushed line by line, and `directory/tensorboard`.
 
     A line is `{"kind", "step", "elapsed_seconds", "values"}` and, only when some value was NaN or infinite (null in
-    `values`), `"non_finite": {"path.of.value": "nan"}`. Reopening appends; a line cut off by a crash is closed first.
+    `values`), `"non_finite": {"path.of.value": "nan"}`. What an earlier run left is kept under `metrics.previous.jsonl`
+    and `tensorboard.previous`, one generation.
     """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        _set_aside(directory)
         self.path = directory / "metrics.jsonl"
-        cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
-        self._file = self.path.open("a", encoding="utf-8")
-        if cut_off:
-            self._file.write("\n")
+        self._file = self.path.open("w", encoding="utf-8")
         self._writer = SummaryWriter(str(directory / "tensorboard"))
         self._start = time.monotonic()
 

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import succeed
 from tiny_job import TinyJob
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from distributed_unlearn.engine.estimate import estimate_training_memory, measure_model
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
@@ -61,7 +64,26 @@ def test_plan_of_more_workers_needs_less_of_each(tiny: TinyJob, tmp_path, capsys
     assert found[0] > found[1]
 
 
-def test_plan_of_a_training_job(tiny: TinyJob, tmp_path, capsys):
-    _, *arguments = tiny.run(tmp_path / "out", "train={epochs: 1}")
-    assert "the job is valid" in succeed(capsys, ["plan", *arguments]).out
-    assert not (tmp_path / "out").exists()
+def test_plan_of_a_training_job_is_about_training(tiny: TinyJob, tmp_path, capsys):
+    train = "train={epochs: 2, batch_size: 5, exclude_forget: true, zero_stage: 2}"
+    _, *arguments = tiny.run(tmp_path / "out", train, "cluster.backend=ray", "cluster.num_workers=2")
+    out = succeed(capsys, ["plan", *arguments]).out
+    assert "the job is valid" in out and "products" not in out and not (tmp_path / "out").exists()
+    assert "stage 2" in _row(out, "memory a rank") and "optimizer states" in out
+    assert " 9 " in _row(out, "training records")  # 12 less the 3 to forget
+    assert " 4 " in _row(out, "training steps") and "5 records each" in _row(out, "training steps")
+
+
+@pytest.mark.parametrize(
+    ("stage", "bytes_per_parameter"), [(0, (4, 4, 8)), (1, (4, 4, 6)), (2, (4, 2, 6)), (3, (2, 2, 6))]
+)
+def test_training_memory_by_stage_on_two_ranks(stage, bytes_per_parameter):
+    """Rajbhandari et al. 2020, figure 1, in float32: K = 8, and 12 where a copy of the weights is partitioned too."""
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=512)
+    size = measure_model(config, "all", 2, stage)
+    found = estimate_training_memory(size, config, torch.float32, stage, 4, 32)
+    parts = (found.weights, found.gradients, found.optimizer_states)
+    assert parts == tuple(size.num_parameters * count for count in bytes_per_parameter)
+    assert found.total == sum(parts) + found.activations
+    # Per layer and token 12 * 64 + 4 * 128 + 3 * 32 heads * 32 tokens, and three float32 logits.
+    assert found.activations == 4 * 4 * 32 * (2 * (12 * 64 + 4 * 128 + 3 * 32 * 32) + 3 * 512)

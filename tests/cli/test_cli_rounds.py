@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import assert_refused, call, succeed
 from safetensors.torch import load_file
 from tiny_job import TinyJob
@@ -89,6 +90,17 @@ def test_training_learns_and_leaves_out(trained: Path, tiny: TinyJob):
     lines = [json.loads(line) for line in (trained / "original" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(32))
     assert lines[-1]["values"]["loss_nats_per_token"] < lines[0]["values"]["loss_nats_per_token"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_training_moves_what_is_trainable_and_nothing_else(stage, tiny: TinyJob, tmp_path, capsys):
+    chosen = ("train={epochs: 1, batch_size: 12}", f"train.zero_stage={stage}", "train.learning_rate=0.01")
+    succeed(capsys, tiny.run(tmp_path / "out", 'model.trainable=["*.mlp.down_proj.weight"]', *chosen))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (tiny.model, tmp_path / "out" / "checkpoint")
+    )
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.endswith("mlp.down_proj.weight")} and moved
 
 
 def test_tug_of_war_against_the_retrained_model(trained: Path, tiny: TinyJob, tmp_path, capsys):
