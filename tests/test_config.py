@@ -91,6 +91,17 @@ def test_values_out_of_range_are_refused_by_name(section, key, value):
     assert f"{section}.{key}" in refuse(job(**{section: SMALLEST.get(section, {}) | {key: value}}))
 
 
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "key",
+    ["solver.cubic_coefficient", "solver.stop.max_seconds", "objective.beta", "train.weight_decay"]
+    + ["cluster.call_timeout_seconds", "save.max_shard_gib"],
+)
+def test_numbers_that_are_not_finite_are_refused_by_name(key, value, tmp_path):
+    with pytest.raises(ConfigError, match=f"{key}: .*finite|{key}: .*greater"):
+        load_job(write_job(tmp_path, yaml.safe_dump(job())), [f"{key}={value}"])
+
+
 @pytest.mark.parametrize("section", ["model", "data", "output"])
 def test_missing_section_is_refused_by_name(section):
     assert f"{section}: Field required" in refuse(job(**{section: None}))
@@ -113,6 +124,8 @@ def test_contradictions_are_refused_with_a_remedy():
     )
     assert "very_good_threshold is below" in refuse(job(solver={"acceptance_threshold": 0.8}))
     assert "exactly one worker" in refuse(job(cluster={"backend": "in_process"}))
+    assert "leaves nothing out" in refuse(job(forget=None, train={"exclude_forget": True}))
+    assert "name and split belong to path" in refuse(job(holdout={"subjects": ["a"], "split": "test"}))
 
 
 def test_batches_of_equal_size_and_one_process_are_allowed():
@@ -203,6 +216,43 @@ def test_bad_files_are_refused(tmp_path):
         load_job(write_job(tmp_path, "- model\n- data\n"), [])
     with pytest.raises(ConfigError, match="YAML mapping"):
         load_job(write_job(tmp_path, ""), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model: {path: x}\nforget: {subjects: [zanzibarium: [}", 2),
+        ("forget: zanzibarium: x", 1),
+        ("a: 1\nb: 2\n\tzanzibarium: 3", 3),
+    ],
+)
+def test_bad_syntax_is_located_but_not_quoted(tmp_path, text, line):
+    with pytest.raises(ConfigError, match=f"not YAML .line {line}: ") as caught:
+        load_job(write_job(tmp_path, text), [])
+    assert "zanzibarium" not in str(caught.value)
+    with pytest.raises(ConfigError, match="override 'forget=...'") as caught:
+        load_job(write_job(tmp_path, yaml.safe_dump(job())), ["forget={subjects: [zanzibarium"])
+    assert "zanzibarium" not in str(caught.value)
+
+
+def test_values_that_yaml_cannot_make_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="not YAML .a value that cannot be read"):
+        load_job(write_job(tmp_path, "a: 2020-13-45"), [])
+    with pytest.raises(ConfigError, match="override 'data.name=...'"):
+        load_job(write_job(tmp_path, yaml.safe_dump(job())), ["data.name=2020-13-45"])
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="cannot be read .Is a directory"):
+        load_job(tmp_path, [])
+
+    def deny(self, *arguments, **settings):  # the tests may be run by root, who may read everything
+        raise PermissionError(13, "Permission denied")
+
+    path = write_job(tmp_path, yaml.safe_dump(job()))
+    monkeypatch.setattr(Path, "read_text", deny)
+    with pytest.raises(ConfigError, match="cannot be read .Permission denied.*permissions"):
+        load_job(path, [])
 
 
 def test_messages_never_repeat_the_given_value():

@@ -192,6 +192,13 @@ def test_stage_says_how_long_and_whether_it_failed(terminal):
     assert re.search(r"saving: failed in \d+\.\d s", buffer.getvalue())
 
 
+def test_stage_takes_no_markup():
+    out, buffer = console(terminal=True)
+    with stage(out, "loading runs/[/a] [bold]b"):
+        pass
+    assert "loading runs/[/a] [bold]b: done in" in buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -14,7 +14,8 @@ class Placement:
     """Where an actor landed; ranks are assigned by node, then GPU."""
 
     node_id: str
-    gpu_ids: tuple[int, ...]
+    gpu_ids: tuple[str, ...]
+    """Numbers, or names where the node's CUDA_VISIBLE_DEVICES holds names (MIG slices)."""
     address: str
     process_id: int
 
@@ -47,7 +48,7 @@ class RankActor:
     def placement(self) -> Placement:
         """Node, GPUs, address and process id."""
         context = ray.get_runtime_context()
-        gpus = tuple(int(index) for index in ray.get_gpu_ids())
+        gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
         address = ray.util.get_node_ip_address()
         return Placement(context.get_node_id(), gpus, address or socket.gethostname(), os.getpid())
 

@@ -1,15 +1,31 @@
-"""Who can reach a local cluster: a token, and loopback. Does not import Ray, which reads the environment then."""
+"""Which cluster, and who can reach a local one: a token, loopback. Does not import Ray, which reads the environment."""
 
 import os
 import secrets
 import sys
 
 from distributed_unlearn.config import ClusterConfig
+from distributed_unlearn.errors import ConfigError
 
 
 def ray_address(config: ClusterConfig) -> str | None:
-    """The cluster to connect to: the job's, else the surrounding Ray job's; None starts a local one."""
-    return config.address or os.environ.get("RAY_ADDRESS")
+    """The cluster to connect to: the job's, else the surrounding Ray job's; None starts a local one.
+
+    Raises:
+        ConfigError: neither `host:port` nor `auto`. Ray itself would start an unprotected cluster for `local` and run
+            the driver elsewhere for `ray://`.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS") or None  # Ray takes an empty variable for none, too
+    if address is None or address == "auto":
+        return address
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise ConfigError(
+            f"the Ray address '{address}' ({'cluster.address' if config.address else 'environment RAY_ADDRESS'})",
+            "host:port of a cluster's head (6379 is Ray's own choice of port), or auto for one on this machine",
+            "correct it, or leave both empty for a local Ray; `ray job submit` is for http:// addresses",
+        )
+    return address
 
 
 def secure_local_cluster(config: ClusterConfig) -> None:

@@ -1,19 +1,27 @@
 """N rank actors in one placement group, driven as one: every call goes to all, the first failure ends all."""
 
+import contextlib
+import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distributed_unlearn.cluster.actor import Placement, RankActor
+from distributed_unlearn.cluster.authentication import ray_address
+from distributed_unlearn.cluster.failures import call_failure, first_cause, states
 from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.engine.communicator import RankSpec
-from distributed_unlearn.errors import ResourceError, UserError, WorkerError
+from distributed_unlearn.errors import ResourceError, WorkerError
+
+POLL_SECONDS = 2  # whole seconds: Ray cuts the fraction off
+_log = logging.getLogger(__name__)
 
 
 def _needs(config: ClusterConfig) -> dict[str, float]:
@@ -24,7 +32,7 @@ def _needs(config: ClusterConfig) -> dict[str, float]:
 
 
 def check_capacity(config: ClusterConfig) -> None:
-    """Refuse a job that the cluster can never place.
+    """Refuse a job that the cluster, as it is now, cannot place.
 
     Raises:
         ResourceError: fewer CPUs or GPUs in the whole cluster than the workers need.
@@ -39,9 +47,18 @@ def check_capacity(config: ClusterConfig) -> None:
             )
 
 
+def _by_number(gpu: str) -> tuple[int, int, str]:
+    """Sorts GPU 10 after GPU 9, and names (of MIG slices, say) by their text after all numbers."""
+    return (0, int(gpu), "") if gpu.isdecimal() else (1, 0, gpu)
+
+
 def assign_ranks(placements: list[Placement]) -> list[RankSpec]:
     """Ranks by node, then lowest GPU, so that a node's ranks are consecutive; aligned with `placements`."""
-    order = sorted(range(len(placements)), key=lambda i: (placements[i].node_id, placements[i].gpu_ids, i))
+
+    def place(index: int) -> tuple[object, ...]:
+        return placements[index].node_id, [_by_number(gpu) for gpu in placements[index].gpu_ids], index
+
+    order = sorted(range(len(placements)), key=place)
     per_node: dict[str, int] = {}
     specs: dict[int, tuple[int, int]] = {}
     for rank, index in enumerate(order):
@@ -66,12 +83,11 @@ class RayWorkerGroup:
         self._config = config
         self._actors: list[Any] = []
         self._placements: list[Placement] = []
-        check_capacity(config)
-        bundle = _needs(config)
-        place = placement_group([bundle] * config.num_workers, strategy="PACK")
-        self._placement_group: PlacementGroup | None = place
+        self._placement_group: PlacementGroup | None = None
+        if ray_address(config) is None:
+            check_capacity(config)  # a local Ray never grows
         try:
-            self._start(bundle, place)
+            self._start(*self._reserve())
         except BaseException:
             self.shutdown()
             raise
@@ -86,24 +102,49 @@ class RayWorkerGroup:
         """Process id of every rank, in rank order."""
         return tuple(placement.process_id for placement in self._placements)
 
+    def _reserve(self) -> tuple[dict[str, float], PlacementGroup]:
+        """What one worker gets, and the place that holds it for all of them; waits for the cluster to have room.
+
+        Nodes may join a cluster for minutes, and an autoscaler starts some only for a reservation that waits. So the
+        place is reserved first, and again whenever nodes that joined or left change what a worker gets (a first GPU).
+        """
+        config, reserved = self._config, None
+        deadline, announced = time.monotonic() + config.placement_timeout_seconds, False
+        while True:
+            bundle = _needs(config)
+            if bundle != reserved:
+                self._give_place_back()
+                self._placement_group = placement_group([bundle] * config.num_workers, strategy="PACK")
+                reserved = bundle
+            place = self._placement_group
+            assert place is not None
+            if place.wait(POLL_SECONDS):  # short, because it also keeps signals waiting
+                if bundle == _needs(config):  # else the node that made room brought the first GPU
+                    return bundle, place
+            elif time.monotonic() >= deadline:
+                check_capacity(config)
+                raise ResourceError(
+                    f"no room for {config.num_workers} workers within {config.placement_timeout_seconds:g} s",
+                    "free CPUs or GPUs for all workers at once",
+                    "wait for other jobs, add nodes, or raise cluster.placement_timeout_seconds",
+                )
+            elif not announced:
+                text = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+                seconds = config.placement_timeout_seconds
+                _log.warning("waiting up to %g s for room for %d workers of %s", seconds, config.num_workers, text)
+                announced = True
+
     def _start(self, bundle: dict[str, float], place: PlacementGroup) -> None:
         config = self._config
-        if not place.wait(config.placement_timeout_seconds):
-            raise ResourceError(
-                f"no room for {config.num_workers} workers within {config.placement_timeout_seconds:g} s",
-                "free CPUs or GPUs for all workers at once",
-                "wait for other jobs, add nodes, or raise cluster.placement_timeout_seconds",
-            )
         actor_class: Any = RankActor  # Ray's decorator adds `options`
-        actors = [
-            actor_class.options(
+        for index in range(config.num_workers):
+            actor = actor_class.options(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, index),
             ).remote(config.cpus_per_worker)
-            for index in range(config.num_workers)
-        ]
-        self._actors = actors
+            self._actors.append(actor)  # one by one, so that a failure among them leaves none behind
+        actors = list(self._actors)
         placements = self._wait([actor.placement.remote() for actor in actors], "placement")
         specs = assign_ranks(placements)
         by_rank = sorted(range(len(actors)), key=lambda index: specs[index].rank)
@@ -132,6 +173,7 @@ class RayWorkerGroup:
 
     def _wait(self, refs: list[Any], method: str) -> list[Any]:
         """Results of all calls, or the first failure, whichever rank it comes from."""
+        assert refs, "the workers have been ended"
         deadline = time.monotonic() + self._config.call_timeout_seconds
         pending, found = list(refs), {}
         while pending:
@@ -141,72 +183,64 @@ class RayWorkerGroup:
             for ref in ready:
                 try:
                     found[ref] = ray.get(ref)
-                except (RayTaskError, RayActorError) as error:
-                    raise self._failure(*_first_cause(error, ref, refs), method) from None
+                except RayError as error:
+                    cause, rank = first_cause(error, refs.index(ref), refs, self._actors)
+                    self.shutdown()
+                    raise call_failure(cause, rank, method) from None
         return [found[ref] for ref in refs]
-
-    def _failure(self, error: Exception, rank: int, method: str) -> Exception:
-        self.shutdown()
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, UserError):
-            return cause
-        what = "died" if isinstance(error, RayActorError) else "raised an error"
-        return WorkerError(
-            f"worker {rank}, which {what} during '{method}' ({str(error).strip().splitlines()[-1]})",
-            "every worker to finish the call",
-            "see the worker's traceback above; nothing was written, so the job can simply be run again",
-            worker_traceback=str(error),
-        )
 
     def _hung(self, method: str) -> WorkerError:
         """Ask every actor what it is doing, name the silent ones, end all."""
-        states = []
-        for rank, actor in enumerate(self._actors):
-            try:
-                beat = ray.get(actor.heartbeat.remote(), timeout=5)
-                states.append(f"rank {rank}: {beat.method or 'idle'} for {beat.running_seconds:.0f} s")
-            except (GetTimeoutError, RayActorError):
-                states.append(f"rank {rank}: no answer")
+        answers = "; ".join(states(self._actors))
         self.shutdown()
         return WorkerError(
-            f"a call of '{method}' that took over {self._config.call_timeout_seconds:g} s ({'; '.join(states)})",
+            f"a call of '{method}' that took over {self._config.call_timeout_seconds:g} s ({answers})",
             "an answer of every worker in that time",
             "raise cluster.call_timeout_seconds if the call is rightly that long, else look at the silent worker",
         )
 
     def shutdown(self) -> None:
-        """End all workers and give their place back; safe to call twice."""
-        for actor in self._actors:
-            ray.kill(actor, no_restart=True)
-        self._actors = []
-        if self._placement_group is not None:
-            remove_placement_group(self._placement_group)
-            self._placement_group = None
-        self._end_leftovers()
+        """End all workers and give their place back; safe to call twice.
+
+        Raises nothing, since another error is often on its way: what cannot be ended is logged.
+        """
+        actors, self._actors = self._actors, []
+        if not ray.is_initialized():
+            return  # everything ended with it; some of Ray's functions would start a new one
+        for actor in actors:
+            with _logged("end a worker"):
+                ray.kill(actor, no_restart=True)
+        self._give_place_back()
+        with _logged("look for workers that outlived their end"):
+            self._end_leftovers()
+
+    def _give_place_back(self) -> None:
+        place, self._placement_group = self._placement_group, None
+        if place is not None:
+            with _logged("give the workers' place back"):
+                remove_placement_group(place)
 
     def _end_leftovers(self) -> None:
         """Kill processes of this node that outlived `ray.kill` (a stopped process does; ray issue 52322)."""
+        if not self._placements:
+            return
         here = ray.get_runtime_context().get_node_id()
         local = [placement.process_id for placement in self._placements if placement.node_id == here]
         deadline = time.monotonic() + 5
-        while local and time.monotonic() < deadline:
-            local = [pid for pid in local if _is_rank_actor(pid)]
-            time.sleep(0.05 if local else 0)
+        while (local := [pid for pid in local if _is_rank_actor(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
         for pid in local:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # ended since it was last looked at
+                os.kill(pid, signal.SIGKILL)
 
 
-def _first_cause(error: Exception, ref: Any, refs: list[Any]) -> tuple[Exception, int]:
-    """The failure to report, and its rank: peers of a worker that died raise, and may do so before it is missed."""
-    if isinstance(error, RayTaskError) and not isinstance(error.cause, UserError):
-        for other in ray.wait(refs, num_returns=len(refs), timeout=1.0)[0]:
-            try:
-                ray.get(other)
-            except RayActorError as death:
-                return death, refs.index(other)
-            except RayTaskError:
-                continue
-    return error, refs.index(ref)
+@contextlib.contextmanager
+def _logged(action: str) -> Iterator[None]:
+    """Log a failure of the block instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        _log.warning("could not %s: %s", action, error)
 
 
 def _is_rank_actor(process_id: int) -> bool:

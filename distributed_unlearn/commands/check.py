@@ -6,7 +6,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from distributed_unlearn.checkpoints import require_safetensors
+from distributed_unlearn.checkpoints import expand_home, require_safetensors
 from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import ClusterConfig, ModelConfig
 from distributed_unlearn.engine.specs import CurvatureCheck
@@ -50,12 +50,14 @@ def run_curvature_check(
     """
     require_safetensors(path)
     # Double precision is for checks only, so it is no dtype of a job's model section.
-    model = ModelConfig(path=path, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    model = ModelConfig(path=expand_home(path), dtype="bfloat16" if dtype == "bfloat16" else "float32")
     with open_group(cluster) as group:
         facts = group.call_all("open_model", model, dtype, cluster.zero_stage)[0]
         report = group.call_all("check_curvature", check)[0]
     if facts.segment_fallback is not None:
-        console.print(f"warning: the whole model is one segment: {facts.segment_fallback}", style="yellow")
+        console.print(
+            f"warning: the whole model is one segment: {facts.segment_fallback}", style="yellow", markup=False
+        )
     tolerance = tolerance_for(dtype, report.reference)
     bounds = {
         "gradient_relative_error": tolerance.gradient,

@@ -1,13 +1,14 @@
 """What is written beside a result: the record, the figures, the page, the model card's lines."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distributed_unlearn.checkpoints import (
+    expand_home,
     hash_folder,
     hash_ids,
     new_salt,
@@ -15,7 +16,7 @@ from distributed_unlearn.checkpoints import (
     write_json,
     write_private,
 )
-from distributed_unlearn.config import JobConfig
+from distributed_unlearn.config import JobConfig, ModelConfig
 from distributed_unlearn.data.encoding import EncodedCorpus
 from distributed_unlearn.data.selection import Partition
 from distributed_unlearn.records import RoundRecord
@@ -27,6 +28,32 @@ SURVIVAL_WARNING_LEVEL = 0.9
 """Share of the update below which the saved dtype counts as having undone part of the unlearning."""
 
 
+def result_papers(folder: Path) -> tuple[Path, ...]:
+    """The files in an output folder that tell of its checkpoint, the record last; see `set_aside`."""
+    return folder / "record.salt", folder / "report.html", folder / "record.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a result is made from and with, taken before the first step: afterwards both may have changed."""
+
+    base: dict[str, Any]
+    versions: dict[str, str | None]
+
+
+def find_origin(model: ModelConfig, commit: str | None) -> Origin:
+    """Hashes of the base checkpoint's own files, or the commit of a hub model; and the installed versions."""
+    folder = Path(expand_home(model.path))
+    files = hash_folder(folder, below=False) if folder.is_dir() else None
+    base = {"path": model.path, "revision": commit or model.revision, "files": files}
+    return Origin(base, package_versions())
+
+
+def model_to_open(model: ModelConfig, commit: str | None) -> ModelConfig:
+    """The checkpoint as the workers open it: `~` expanded, and a hub branch at the commit where it was found."""
+    return model.model_copy(update={"path": expand_home(model.path), "revision": commit or model.revision})
+
+
 def redacted_config(job: JobConfig) -> dict[str, Any]:
     """The resolved configuration with every forget selection replaced by what kind of selection it was."""
     tree: dict[str, Any] = job.model_dump(mode="json")
@@ -34,7 +61,9 @@ def redacted_config(job: JobConfig) -> dict[str, Any]:
     def redact(selection: dict[str, Any] | None) -> dict[str, Any] | None:
         if selection is None:
             return None
-        return {key: f"{len(value)} named" if isinstance(value, list) else value for key, value in selection.items()}
+        counts = {key: f"{len(value)} named" if isinstance(value, list) else value for key, value in selection.items()}
+        # Files of requests are named after those who made them.
+        return {**counts, "ids_file": None if selection["ids_file"] is None else "a file"}
 
     tree["forget"] = redact(tree["forget"])
     if tree["rounds"] is not None:
@@ -65,37 +94,35 @@ def card_lines(rounds: Sequence[RoundRecord], survival: Any) -> list[str]:
 def write_result_record(
     folder: Path,
     job: JobConfig,
+    origin: Origin,
     corpus: EncodedCorpus,
     partition: Partition,
     rounds: Sequence[RoundRecord],
     survival: Any,
+    files: dict[str, str],
     mode: Any,
     reference: dict[str, Any] | None,
 ) -> None:
-    """Write record.json, and record.salt which only the owner can read.
+    """Write record.salt, which only the owner can read, then record.json.
 
-    The salt proves to its holder that a given id was erased; without it the record tells no ids.
+    The salt proves to its holder that a given id was erased; without it the record tells no ids. It comes first:
+    a salt without a record is of no use, and a record without its salt proves nothing.
     """
-    salt, base = new_salt(), Path(job.model.path)
+    salt = new_salt()
     record = {
         "format": 1,
         "config": redacted_config(job),
-        "versions": package_versions(),
-        "base": {"path": job.model.path, "revision": job.model.revision, "files": _hashes(base)},
-        "result": {"files": hash_folder(folder / "checkpoint")},
+        "versions": origin.versions,
+        "base": origin.base,
+        "result": {"files": files},
         "erased_ids_sha256_salted": erased_hashes(corpus, partition.forget_rounds, salt),
         "rounds": [asdict(item) for item in rounds],
         "surviving_update": asdict(survival),
         "curvature_mode": asdict(mode),
         "retrained": reference,
     }
-    write_json(folder / "record.json", finite(record))
-    (folder / "record.salt").unlink(missing_ok=True)
     write_private(folder / "record.salt", salt)
-
-
-def _hashes(folder: Path) -> dict[str, str] | None:
-    return hash_folder(folder) if folder.is_dir() else None
+    write_json(folder / "record.json", finite(record))
 
 
 def finite(value: Any) -> Any:

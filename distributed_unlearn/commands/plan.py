@@ -37,7 +37,7 @@ def run_plan(job: JobConfig, console: Console) -> None:
         rows = _training_rows(size, hf_config, job, prepared, longest)
     console.print(describe_data(prepared), markup=False, highlight=False)
     if size.fallback_reason is not None:
-        console.print(f"warning: the whole model is one segment: {size.fallback_reason}", style="yellow")
+        console.print(f"warning: the whole model is one segment: {size.fallback_reason}", style="yellow", markup=False)
     console.print(plan_table([*_model_rows(size, job), *rows]))
     console.print("the job is valid; nothing was loaded or written", highlight=False)
 

@@ -6,8 +6,16 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from distributed_unlearn.checkpoints import package_versions, refuse_existing, require_safetensors, write_json
-from distributed_unlearn.commands.job_record import finite, redacted_config
+from distributed_unlearn.checkpoints import refuse_existing, require_safetensors, write_json
+from distributed_unlearn.commands.job_record import (
+    Origin,
+    find_origin,
+    finite,
+    model_to_open,
+    redacted_config,
+    result_papers,
+)
+from distributed_unlearn.commands.output import claimed, confirm_shared, output_folder
 from distributed_unlearn.commands.unlearn import describe_data
 from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import JobConfig
@@ -16,7 +24,8 @@ from distributed_unlearn.records import SetScores
 from distributed_unlearn.report.progress import TrainingProgress
 from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.rounds.evaluate import evaluate_sets
-from distributed_unlearn.rounds.training import TrainingTask, run_training
+from distributed_unlearn.rounds.group import WorkerGroup
+from distributed_unlearn.rounds.training import TrainingTask, run_training, write_trained
 
 
 def prepare_training(job: JobConfig) -> PreparedData:
@@ -25,7 +34,7 @@ def prepare_training(job: JobConfig) -> PreparedData:
     Raises:
         ConfigError, DataError, ModelError: see the parts.
     """
-    refuse_existing(Path(job.output) / "checkpoint", job.overwrite)
+    refuse_existing(output_folder(job.output) / "checkpoint", job.overwrite)
     require_safetensors(job.model.path)
     return prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
 
@@ -49,43 +58,15 @@ def run_training_job(job: JobConfig, console: Console) -> None:
     Raises:
         UserError: anything that the user can act on; nothing is left half-written.
     """
-    assert job.train is not None
-    folder = Path(job.output)
-    prepared = prepare_training(job)
-    console.print(describe_data(prepared), markup=False, highlight=False)
-    partition, indices = prepared.partition, training_records(job, prepared)
-    progress = TrainingProgress(console, "training")
-    with open_group(job.cluster) as group, RunLog(folder) as log:
-        group.call_all("set_corpus", group.share(prepared.corpus))
-
-        def on_step(step: int, loss: float) -> None:
-            progress.update(step, loss)
-            log.log("train", step, {"loss_nats_per_token": loss})
-
-        try:
-            losses = run_training(
-                group,
-                TrainingTask(
-                    model=job.model,
-                    train=job.train,
-                    indices=indices,
-                    zero_stage=training_stage(job),
-                    micro_batch_size=job.curvature.micro_batch_size,
-                    seed=job.solver.seed,
-                    destination=folder / "checkpoint",
-                    save=job.save,
-                    overwrite=job.overwrite,
-                    on_start=progress.start,
-                    on_step=on_step,
-                ),
-            )
-        finally:
-            progress.stop()
-        sets = {"trained on": indices, "holdout": partition.holdout}
-        if len(partition.forget_rounds):
-            sets["forget"] = partition.forget_rounds[0]
-        scores, _ = evaluate_sets(group, sets, 2 * job.curvature.micro_batch_size)
-    _write_record(folder, job, len(indices), losses, scores)
+    folder = output_folder(job.output)
+    with claimed(folder):
+        prepared = prepare_training(job)
+        console.print(describe_data(prepared), markup=False, highlight=False)
+        origin = find_origin(job.model, prepared.commit)
+        with open_group(job.cluster) as group:
+            confirm_shared(group, folder)
+            with RunLog(folder) as log:
+                scores = _train(group, job, prepared, origin, folder, console, log)
     for name, value in scores.items():
         console.print(
             f"{name}: loss {value.loss_nats_per_token:.4f} nats per token, exact memorisation "
@@ -96,16 +77,76 @@ def run_training_job(job: JobConfig, console: Console) -> None:
     console.print(f"checkpoint: {folder / 'checkpoint'}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _train(
+    group: WorkerGroup,
+    job: JobConfig,
+    prepared: PreparedData,
+    origin: Origin,
+    folder: Path,
+    console: Console,
+    log: RunLog,
+) -> dict[str, SetScores]:
+    """Train, write checkpoint and record, score; the record is written anew with the scores once there are some."""
+    assert job.train is not None
+    indices = training_records(job, prepared)
+    progress = TrainingProgress(console, "training")
+    group.call_all("set_corpus", group.share(prepared.corpus))
+
+    def on_step(step: int, loss: float) -> None:
+        progress.update(step, loss)
+        log.log("train", step, {"loss_nats_per_token": loss})
+
+    task = TrainingTask(
+        model=model_to_open(job.model, prepared.commit),
+        train=job.train,
+        indices=indices,
+        zero_stage=training_stage(job),
+        micro_batch_size=job.curvature.micro_batch_size,
+        seed=job.solver.seed,
+        destination=folder / "checkpoint",
+        save=job.save,
+        overwrite=job.overwrite,
+        on_start=progress.start,
+        on_step=on_step,
+    )
+    try:
+        losses = run_training(group, task)
+    finally:
+        progress.stop()
+    files = write_trained(group, task, result_papers(folder))
+    _write_record(folder, job, origin, files, len(indices), losses, None)
+    sets = {"trained on": indices, "holdout": prepared.partition.holdout, **_forget_sets(prepared)}
+    scores, _ = evaluate_sets(group, sets, 2 * job.curvature.micro_batch_size)
+    _write_record(folder, job, origin, files, len(indices), losses, scores)
+    return scores
+
+
 def _write_record(
-    folder: Path, job: JobConfig, num_records: int, losses: list[float], scores: dict[str, SetScores]
+    folder: Path,
+    job: JobConfig,
+    origin: Origin,
+    files: dict[str, str],
+    num_records: int,
+    losses: list[float],
+    scores: dict[str, SetScores] | None,
 ) -> None:
     record = {
         "format": 1,
         "config": redacted_config(job),
-        "versions": package_versions(),
+        "versions": origin.versions,
+        "base": origin.base,
+        "result": {"files": files},
         "num_records": num_records,
         "num_steps": len(losses),
         "last_loss_nats_per_token": losses[-1],
-        "scores": {name: asdict(value) for name, value in scores.items()},
+        "scores": None if scores is None else {name: asdict(value) for name, value in scores.items()},
     }
     write_json(folder / "record.json", finite(record))
+
+
+def _forget_sets(prepared: PreparedData) -> dict[str, np.ndarray]:
+    """`forget`; of a job with several rounds `forget_round_<k>` for each."""
+    rounds = prepared.partition.forget_rounds
+    if len(rounds) == 1:
+        return {"forget": rounds[0]}
+    return {f"forget_round_{index}": forget for index, forget in enumerate(rounds)}

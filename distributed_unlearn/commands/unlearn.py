@@ -1,7 +1,7 @@
 """`run` on a job that forgets: rounds on a worker group, the checkpoint, the record."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,25 @@ from rich.console import Console
 
 from distributed_unlearn.checkpoints import (
     complete_folder,
+    expand_home,
+    hash_folder,
     model_card,
     refuse_existing,
     require_safetensors,
 )
 from distributed_unlearn.commands.job_record import (
     SURVIVAL_WARNING_LEVEL,
+    Origin,
     card_lines,
+    find_origin,
+    model_to_open,
+    result_papers,
     write_pictures,
     write_result_record,
 )
+from distributed_unlearn.commands.output import claimed, confirm_shared, output_folder
 from distributed_unlearn.commands.workers import open_group
-from distributed_unlearn.config import JobConfig
+from distributed_unlearn.config import JobConfig, ModelConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.evaluation.metrics import tug_of_war
@@ -45,7 +52,7 @@ def prepare_job(job: JobConfig) -> PreparedData:
     """
     if not job.unlearns:
         raise ConfigError("a job without forget, rounds or train", "one of them", "say what to forget or to train")
-    refuse_existing(Path(job.output) / "checkpoint", job.overwrite)
+    refuse_existing(output_folder(job.output) / "checkpoint", job.overwrite)
     require_safetensors(job.model.path)
     if job.retrained is not None:
         require_safetensors(job.retrained)
@@ -65,36 +72,94 @@ def describe_data(prepared: PreparedData) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What is left to show once the workers are gone."""
+
+    rounds: list[RoundRecord]
+    reference: dict[str, SetScores] | None
+    survival: Any
+    mode: Any
+
+
 def run_unlearning(job: JobConfig, console: Console) -> None:
     """Run all rounds of a job and write its result.
 
     Raises:
         UserError: anything that the user can act on; nothing is left half-written.
     """
-    prepared = prepare_job(job)
-    console.print(describe_data(prepared), markup=False, highlight=False)
-    folder = Path(job.output)
-    with open_group(job.cluster) as group, RunLog(folder) as log:
-        group.call_all("set_corpus", group.share(prepared.corpus))
-        reference = _score_reference(group, job, prepared, console)
-        with stage(console, f"loading {job.model.path} at ZeRO stage {job.cluster.zero_stage}"):
-            facts = group.call_all("open_model", job.model, job.model.dtype, job.cluster.zero_stage)[0]
-        if facts.segment_fallback is not None:
-            console.print(f"warning: the whole model is one segment: {facts.segment_fallback}", style="yellow")
-        log.log("model", 0, asdict(facts))
-        rounds = _run_rounds(group, job, prepared, reference, console, log)
-        mode = group.call_all("curvature_mode")[0]
-        with stage(console, "writing and reading back the checkpoint"):
-            survival = _write_checkpoint(group, job, rounds, folder)
-        log.log("surviving_update", 0, asdict(survival))
-    _warn_of_rounding(survival, console)
-    _warn_of_damage(rounds[-1], console)
-    reference_json = None if reference is None else {name: asdict(scores) for name, scores in reference.items()}
-    write_result_record(folder, job, prepared.corpus, prepared.partition, rounds, survival, mode, reference_json)
-    rows = _rows(rounds, reference)
-    write_pictures(folder, f"Unlearning run {folder.name}", rounds, rows)
+    folder = output_folder(job.output)
+    with claimed(folder):
+        prepared = prepare_job(job)
+        console.print(describe_data(prepared), markup=False, highlight=False)
+        _warn_of_samples(job, prepared, console)
+        origin = find_origin(job.model, prepared.commit)
+        with open_group(job.cluster) as group:
+            confirm_shared(group, folder)
+            with RunLog(folder) as log:
+                found = _unlearn(group, job, prepared, origin, folder, console, log)
+        _warn_of_rounding(found.survival, console)
+        _warn_of_damage(found.rounds[-1], console)
+        rows = _rows(found.rounds, found.reference)
+        write_pictures(folder, f"Unlearning run {folder.name}", found.rounds, rows)
     console.print(comparison_table(rows))
-    _print_end(console, folder, rounds, survival, mode)
+    _print_end(console, folder, found.rounds, found.survival, found.mode)
+
+
+def _unlearn(
+    group: WorkerGroup,
+    job: JobConfig,
+    prepared: PreparedData,
+    origin: Origin,
+    folder: Path,
+    console: Console,
+    log: RunLog,
+) -> _Outcome:
+    """All rounds, the checkpoint and its record, while the workers live: ending them can fail."""
+    group.call_all("set_corpus", group.share(prepared.corpus))
+    reference = _score_reference(group, job, prepared, console)
+    model = model_to_open(job.model, prepared.commit)
+    with stage(console, f"loading {job.model.path} at ZeRO stage {job.cluster.zero_stage}"):
+        facts = group.call_all("open_model", model, job.model.dtype, job.cluster.zero_stage)[0]
+    if facts.segment_fallback is not None:
+        reason = facts.segment_fallback
+        console.print(f"warning: the whole model is one segment: {reason}", style="yellow", markup=False)
+    log.log("model", 0, asdict(facts))
+    rounds = _run_rounds(group, job, prepared, reference, console, log)
+    mode = group.call_all("curvature_mode")[0]
+    reference_json = None if reference is None else {name: asdict(scores) for name, scores in reference.items()}
+    with stage(console, "writing and reading back the checkpoint"):
+        survival, files = _write_checkpoint(group, job, model, rounds, folder)
+        write_result_record(
+            folder,
+            job,
+            origin,
+            prepared.corpus,
+            prepared.partition,
+            rounds,
+            survival,
+            files,
+            mode,
+            reference_json,
+        )
+    log.log("surviving_update", 0, asdict(survival))
+    return _Outcome(rounds, reference, survival, mode)
+
+
+def _samples(job: JobConfig, prepared: PreparedData) -> bool:
+    """Whether the sets of the last round are scored by samples of them."""
+    limit = job.evaluation.max_records_per_set
+    last = _sets(prepared, len(prepared.partition.forget_rounds) - 1)
+    return limit is not None and any(len(indices) > limit for indices in last.values())
+
+
+def _warn_of_samples(job: JobConfig, prepared: PreparedData, console: Console) -> None:
+    if job.retrained is not None and _samples(job, prepared):
+        console.print(
+            "warning: evaluation.max_records_per_set scores samples, while the retrained reference is scored on whole "
+            "sets: the Tug-of-War is left out. Set it to null to have it.",
+            style="yellow",
+        )
 
 
 def _sets(prepared: PreparedData, round_index: int) -> dict[str, np.ndarray]:
@@ -113,7 +178,7 @@ def _score_reference(
     if job.retrained is None:
         return None
     with stage(console, f"scoring the retrained reference {job.retrained}"):
-        model = job.model.model_copy(update={"path": job.retrained, "revision": None})
+        model = job.model.model_copy(update={"path": expand_home(job.retrained), "revision": None})
         group.call_all("open_model", model, job.model.dtype, job.cluster.zero_stage)
         last = len(prepared.partition.forget_rounds) - 1
         return evaluate_sets(group, _sets(prepared, last), 2 * job.curvature.micro_batch_size)[0]
@@ -154,7 +219,7 @@ def _run_rounds(
                     on_step=on_step,
                 ),
             )
-        if reference is not None and index == num_rounds - 1 and job.evaluation.max_records_per_set is None:
+        if reference is not None and index == num_rounds - 1 and not _samples(job, prepared):
             keys = tuple(name for name in ("forget", "retain", "holdout") if name in reference)
             record = replace(record, tug_of_war=tug_of_war(record.after, reference, keys))
         log.log("round", index, {k: v for k, v in asdict(record).items() if k != "steps"})
@@ -163,11 +228,14 @@ def _run_rounds(
     return rounds
 
 
-def _write_checkpoint(group: WorkerGroup, job: JobConfig, rounds: Sequence[RoundRecord], folder: Path) -> Any:
-    with complete_folder(folder / "checkpoint", job.overwrite) as staging:
-        survival = group.call_all("export", str(staging.resolve()), job.model, job.save)[0]
+def _write_checkpoint(
+    group: WorkerGroup, job: JobConfig, model: ModelConfig, rounds: Sequence[RoundRecord], folder: Path
+) -> tuple[Any, dict[str, str]]:
+    """Write the checkpoint; returns what survives in it and the hashes of its files."""
+    with complete_folder(folder / "checkpoint", job.overwrite, result_papers(folder)) as staging:
+        survival = group.call_all("export", str(staging.resolve()), model, job.save)[0]
         (staging / "README.md").write_text(model_card(job.model.path, card_lines(rounds, survival)), encoding="utf-8")
-    return survival
+        return survival, hash_folder(staging)  # hashed before it is in place: its record follows at once
 
 
 def _warn_of_rounding(survival: Any, console: Console) -> None:
@@ -192,14 +260,16 @@ def _warn_of_damage(last: RoundRecord, console: Console) -> None:
 
 
 def _rows(rounds: Sequence[RoundRecord], reference: dict[str, SetScores] | None) -> list[MethodRow]:
-    last = rounds[-1]
-    score = None
-    if reference is not None and last.tug_of_war is not None:
-        score = tug_of_war(last.before, reference, tuple(reference))
-    rows = [MethodRow("before", last.before, score, None, None)]
+    rows: list[MethodRow] = []
     for record in rounds:
-        name = "after" if len(rounds) == 1 else f"after round {record.round_index + 1}"
-        rows.append(MethodRow(name, record.after, record.tug_of_war, record.wall_seconds, record.num_products))
+        # Each round has a forget and a retain set of its own, so each has a state before it to compare with.
+        which = "" if len(rounds) == 1 else f" round {record.round_index + 1}"
+        before = None
+        if reference is not None and record.tug_of_war is not None:
+            before = tug_of_war(record.before, reference, tuple(reference))
+        rows.append(MethodRow(f"before{which}", record.before, before, None, None))
+        after = (record.tug_of_war, record.wall_seconds, record.num_products)
+        rows.append(MethodRow(f"after{which}", record.after, *after))
     if reference is not None:
         rows.append(MethodRow("retrained", reference, 1.0, None, None))
     return rows

@@ -13,7 +13,8 @@ def open_group(config: ClusterConfig) -> Iterator[WorkerGroup]:
     """A connected group for the length of the block; every worker is ended with it.
 
     Raises:
-        ResourceError: the workers cannot be placed.
+        ConfigError: no such Ray address can be.
+        ResourceError: no cluster answers, or the workers cannot be placed.
     """
     # Imported here: Ray and DeepSpeed take seconds, which a refused job file should not cost.
     if config.backend == "in_process":

@@ -1,18 +1,28 @@
 """A differentiable map with its pulled-back cotangent: the building block of every curvature product."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 Product = Literal["hessian", "gauss_newton"]
 MaybeTensors = list[Tensor | None]
 
 
+def edge_of(output: Tensor | GradientEdge | None) -> GradientEdge | None:
+    """Where `output` hangs on its graph, without its value; None where it has no graph."""
+    if isinstance(output, Tensor):
+        return get_gradient_edge(output) if output.requires_grad else None
+    return output
+
+
 def partial_grad(
-    outputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | GradientEdge | None],
     inputs: Sequence[Tensor],
     seeds: Sequence[Tensor | None],
     create_graph: bool = False,
@@ -22,14 +32,15 @@ def partial_grad(
 
     Outputs without a graph and missing seeds stand for zero; a scalar output needs a seed like any other.
     """
-    live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o is not None and s is not None and o.requires_grad]
+    edges = [edge_of(output) for output in outputs]
+    live = [(edge, seed) for edge, seed in zip(edges, seeds, strict=True) if edge is not None and seed is not None]
     if not live or not inputs:
         return [None] * len(inputs)
     return list(
         torch.autograd.grad(
-            [o for o, _ in live],
+            [edge for edge, _ in live],
             inputs,
-            [s for _, s in live],
+            [seed for _, seed in live],
             create_graph=create_graph,
             retain_graph=retain_graph or create_graph,
             allow_unused=True,
@@ -39,17 +50,21 @@ def partial_grad(
 
 @dataclass(frozen=True)
 class GradientGraph:
-    """`gradients = J'c` of `output = f(leaves)` for a cotangent `c`, optionally with its own graph."""
+    """`J'c` of `output = f(leaves)` for a cotangent `c`, ready to be differentiated once more.
+
+    It keeps the places of output and gradients in the graph, not their values: a gradient is as large as the
+    weights, and once it is added up nothing needs it.
+    """
 
     leaves: list[Tensor]
-    output: Tensor
     cotangent: Tensor
-    gradients: MaybeTensors
+    output: GradientEdge | None
+    gradients: list[GradientEdge | None]
 
     @classmethod
     def build(
         cls, output: Tensor, leaves: list[Tensor], cotangent: Tensor, differentiable: bool, retain: bool
-    ) -> "GradientGraph":
+    ) -> tuple["GradientGraph", MaybeTensors]:
         """Pull `cotangent` back through `output`.
 
         Args:
@@ -58,18 +73,26 @@ class GradientGraph:
             cotangent: same shape as `output`.
             differentiable: keep the gradients' own graph, for second derivatives and `push_forward`.
             retain: keep the output's graph, for the Gauss-Newton product or for shared nodes.
+
+        Returns:
+            The graph, and the values of `J'c`, one for each leaf, detached; None where nothing reaches a leaf.
         """
         if differentiable:
             cotangent = cotangent.detach().requires_grad_()
         gradients = partial_grad([output], leaves, [cotangent], create_graph=differentiable, retain_graph=retain)
-        return cls(leaves, output, cotangent, gradients)
+        graph = cls(leaves, cotangent, edge_of(output), [edge_of(gradient) for gradient in gradients])
+        return graph, [None if gradient is None else gradient.detach() for gradient in gradients]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that is held beside what the graph's nodes save."""
+        return [*self.leaves, self.cotangent]
 
     def pull_back(
         self, tangents: MaybeTensors, cotangent_tangent: Tensor | None, product: Product, retain: bool
     ) -> MaybeTensors:
-        """Tangents of `gradients` along `tangents` of the leaves and `cotangent_tangent` of the cotangent.
+        """Tangents of `J'c` along `tangents` of the leaves and `cotangent_tangent` of the cotangent.
 
-        Hessian: `d/d leaves [ sum_k <gradients[k], tangents[k]> + <output, dc> ]`, because `c'f` has a
+        Hessian: `d/d leaves [ sum_k <(J'c)[k], tangents[k]> + <output, dc> ]`, because `c'f` has a
         symmetric Hessian. Gauss-Newton: only the last term, `J'dc`.
         """
         if product == "gauss_newton":
@@ -80,11 +103,47 @@ class GradientGraph:
     def push_forward(self, tangents: MaybeTensors) -> Tensor:
         """`J tangents`, as the gradient of `<J'c, tangents>` by `c`; needs `differentiable`."""
         found = partial_grad(self.gradients, [self.cotangent], tangents, retain_graph=True)[0]
-        return torch.zeros_like(self.output) if found is None else found
+        return torch.zeros_like(self.cotangent) if found is None else found
 
 
 def push_forward(output: Tensor, leaves: list[Tensor], tangents: MaybeTensors) -> Tensor:
     """`J tangents` of a graph-attached `output`, in reverse mode only (twice `J'`)."""
     if not output.requires_grad:
         return torch.zeros_like(output)
-    return GradientGraph.build(output, leaves, torch.zeros_like(output), True, True).push_forward(tangents)
+    return GradientGraph.build(output, leaves, torch.zeros_like(output), True, True)[0].push_forward(tangents)
+
+
+class _Saved:
+    """What a graph's node holds in place of a tensor that it saves; dies with the node."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class HeldStorages:
+    """The storages that autograd graphs keep alive, each counted once.
+
+    Args:
+        owned_elsewhere: tensors whose storages are not counted, such as the model's own parameters.
+    """
+
+    def __init__(self, owned_elsewhere: Iterable[Tensor]) -> None:
+        self._ignored = {tensor.untyped_storage().data_ptr() for tensor in owned_elsewhere}
+        self._saved: WeakSet[_Saved] = WeakSet()
+
+    def _save(self, tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor.detach())  # an output that its own node saved would keep the node alive for ever
+        self._saved.add(saved)
+        return saved
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Context in which graphs are built that are to be counted."""
+        with saved_tensors_hooks(self._save, lambda saved: saved.tensor):
+            yield
+
+    def sizes(self, tensors: Iterable[Tensor]) -> dict[int, int]:
+        """`{address: bytes}` of all storages that watched graphs hold now, and of those of `tensors`."""
+        alive = [*(saved.tensor for saved in self._saved), *tensors]
+        storages = [tensor.untyped_storage() for tensor in alive]
+        return {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in self._ignored}

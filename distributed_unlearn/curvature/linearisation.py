@@ -10,12 +10,15 @@ forward pass (a gradient costs 3F, 4F with recomputation):
   gradient included; one block's weights and graph in memory at a time;
 - `cached` keeps every block's gradient graph and weights: 8F for each product after the first gradient.
 
+Between calls only `cached` keeps anything; and of a gradient only its graph, never its full-size value.
+
 Reverse mode carries everything but the tangent sweep of `recompute`, which runs with grad mode off; so the
 only kernels that must be avoided are those without second derivative or forward-mode rule (fused attention,
 DeepSpeed's memory-efficient linear).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from torch.autograd import forward_ad
 
 from distributed_unlearn.curvature.gradient_graph import (
     GradientGraph,
+    HeldStorages,
     MaybeTensors,
     Product,
     partial_grad,
@@ -101,9 +105,11 @@ class Linearisation:
     def loss(self) -> Tensor:
         """This rank's share of the objective, detached; one forward pass. All ranks must call this."""
         kept = self._trace
-        with torch.no_grad():
-            loss = self._run_model(self._evaluate_block).loss
-        self._trace = kept
+        try:
+            with torch.no_grad():
+                loss = self._run_model(self._evaluate_block).loss
+        finally:
+            self._trace = kept
         assert loss is not None
         return loss
 
@@ -113,8 +119,8 @@ class Linearisation:
         Returns:
             This rank's share of the objective, detached.
         """
-        self._new_trace(self._keep_block if self._keep_forward else self._evaluate_block)
-        return self._sweep(None, into, None)
+        evaluate_block = self._keep_block if self._keep_forward else self._evaluate_block
+        return self._trace_and_sweep(evaluate_block, None, into, None)
 
     def product(self, vector: Tensor, into: Tensor, gradient_into: Tensor | None = None) -> Tensor:
         """Add the product with `vector` to `into`; also the gradient where `gradient_into` is given.
@@ -126,10 +132,9 @@ class Linearisation:
         """
         tangents = _Tangents(vector, list(self._store.tangent(0, vector).values()), [], [])
         if not self._cached:
-            self._new_trace(lambda index, call, hidden: self._evaluate_dual(index, call, hidden, tangents))
-            return self._sweep(tangents, gradient_into, into)
+            return self._trace_and_sweep(partial(self._evaluate_dual, tangents), tangents, gradient_into, into)
         if self._trace is None:
-            self.gradient(torch.zeros_like(into) if gradient_into is None else gradient_into)
+            self._trace_and_sweep(self._keep_block, None, gradient_into, None)
         elif gradient_into is not None:
             raise AssertionError("cached mode computes the gradient once, before the first product")
         for index, expression in enumerate(self._traced.inputs):
@@ -140,31 +145,28 @@ class Linearisation:
         return self._sweep(tangents, None, into)
 
     def measure_cached_bytes(self) -> int:
-        """Bytes that cached mode would keep for this micro-batch: one block and the head are built, the rest scaled.
+        """Bytes that cached mode would keep for this micro-batch: of the root, and of one block times their number.
 
-        Counts each storage once, gathered weights included. All ranks must call this.
+        Counts each storage once, gathered weights included; not what the model owns anyway (replicated weights,
+        buffers) nor the batch. All ranks must call this.
         """
-        sizes: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        self._new_trace(self._evaluate_block)
-        trace, total = self._traced, 0
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            if trace.calls:
-                leaves, output = self._run_block(0, trace.calls[0], trace.inputs[0])
-                GradientGraph.build(_first(output), leaves, torch.zeros_like(_first(output)), True, True)
-                total = sum(sizes.values()) * len(trace.calls)
-                sizes.clear()
-            self._new_trace(self._evaluate_block)
-            loss, leaves = self._traced.loss, [*self._traced.cuts, *self._root]
-            assert loss is not None
-            GradientGraph.build(loss, leaves, torch.ones_like(loss), True, True)
-        self._trace = None
-        return total + sum(sizes.values())
+        model, given = self._segmented.model, [t for t in self._inputs.values() if isinstance(t, Tensor)]
+        held = HeldStorages([*model.parameters(), *model.buffers(), *given])
+        other = Linearisation(
+            self._segmented, self._store, self._inputs, self._loss_of_logits, self._product, cached=True
+        )
+        with held.watching():
+            other._new_trace(other._evaluate_block)
+            num_blocks, of_blocks = len(other._traced.calls), 0
+            if num_blocks > 0:  # before the root's graphs, so that the two are not in memory together
+                shared = held.sizes(other._traced.tensors())
+                block, _ = other._block_graph(0, None, True)
+                sizes = held.sizes(block.tensors())
+                of_blocks = num_blocks * sum(size for address, size in sizes.items() if address not in shared)
+                del block, other._graphs["block 0"]
+            other._sweep_root()
+        of_graphs = [tensor for graph in other._graphs.values() for tensor in graph.tensors()]
+        return of_blocks + sum(held.sizes([*other._traced.tensors(), *of_graphs]).values())
 
     # -- forward ------------------------------------------------------------------------------------------
 
@@ -188,10 +190,31 @@ class Linearisation:
         trace_forward(self._trace, model, blocks, self._inputs, self._loss_of_logits, evaluate_block)
         return self._trace
 
+    def _release(self) -> None:
+        self._trace, self._graphs, self._block_outputs = None, {}, {}
+
     def _new_trace(self, evaluate_block: BlockEvaluator) -> None:
-        self._graphs, self._block_outputs = {}, {}
+        self._release()  # before weights are gathered, so that two traces are never in memory together
         with torch.enable_grad():
             self._run_model(evaluate_block)
+
+    def _trace_and_sweep(
+        self,
+        evaluate_block: BlockEvaluator,
+        tangents: _Tangents | None,
+        gradient: Tensor | None,
+        product: Tensor | None,
+    ) -> Tensor:
+        """Forward and back; what was kept on the way is dropped at the end unless it is complete and cached."""
+        complete = False
+        try:
+            self._new_trace(evaluate_block)
+            loss = self._sweep(tangents, gradient, product)
+            complete = True
+        finally:
+            if not (complete and self._cached):
+                self._release()
+        return loss
 
     def _evaluate_block(self, index: int, call: BlockCall, hidden: Tensor) -> Any:
         with torch.no_grad():
@@ -210,7 +233,7 @@ class Linearisation:
             output = call.run(weights, leaf)
         return [leaf, *(weights[name] for name in names)], output
 
-    def _evaluate_dual(self, index: int, call: BlockCall, hidden: Tensor, tangents: _Tangents) -> Any:
+    def _evaluate_dual(self, tangents: _Tangents, index: int, call: BlockCall, hidden: Tensor) -> Any:
         tangent = self._expression_tangent(hidden, tangents)
         weights = self._store.weights(index + 1)
         directions = self._store.tangent(index + 1, tangents.vector)
@@ -246,32 +269,44 @@ class Linearisation:
         assert trace.loss is not None
         return trace.loss.detach()
 
+    def _sweep_root(self) -> None:
+        """Build the graphs that cached mode keeps of the root, with zeros for what blocks would pull back."""
+        trace = self._traced
+        primal, dual = (_Sums(len(trace.cuts), len(self._root)) for _ in range(2))
+        self._sweep_head(None, primal, dual)
+        for index in reversed(range(len(trace.cuts))):
+            self._sweep_input(index, None, None, None, primal, dual)
+
     def _sweep_head(self, tangents: _Tangents | None, primal: _Sums, dual: _Sums) -> None:
         trace, leaves = self._traced, [*self._traced.cuts, *self._root]
-        assert trace.loss is not None and trace.logits is not None
-        if self._product == "gauss_newton" and tangents is not None:
-            graph, seed = self._logits_graph(trace, leaves, [*tangents.cuts, *tangents.root])
+        directions: MaybeTensors | None = None if tangents is None else [*tangents.cuts, *tangents.root]
+        needs_second = self._cached or directions is not None
+        seed = None
+        if self._product == "gauss_newton" and needs_second:
+            graph, gradients, seed = self._logits_graph(trace, leaves, directions)
         else:
-            needs_second = self._cached or tangents is not None
-            graph = self._graph("loss", trace.loss, leaves, torch.ones_like(trace.loss), needs_second)
-            seed = None
-        primal.add(graph.gradients, len(trace.cuts))
-        if tangents is not None:
-            found = graph.pull_back([*tangents.cuts, *tangents.root], seed, self._product, retain=True)
-            dual.add(found, len(trace.cuts))
+            assert trace.loss is not None
+            one = torch.ones_like(trace.loss)
+            graph, gradients = self._graph("loss", trace.loss, leaves, one, needs_second)
+        primal.add(gradients, len(trace.cuts))
+        if directions is not None:
+            dual.add(graph.pull_back(directions, seed, self._product, retain=True), len(trace.cuts))
 
     def _logits_graph(
-        self, trace: Trace, leaves: list[Tensor], tangents: MaybeTensors
-    ) -> tuple[GradientGraph, Tensor | None]:
-        """The head cut at the logits, and `H_loss dlogits`, the cotangent of the Gauss-Newton product."""
-        assert trace.logits is not None
+        self, trace: Trace, leaves: list[Tensor], tangents: MaybeTensors | None
+    ) -> tuple[GradientGraph, MaybeTensors, Tensor | None]:
+        """The head cut at the logits, its gradients, and `H_loss dlogits`, the Gauss-Newton product's cotangent."""
+        assert trace.logits is not None and trace.loss is not None
+        trace.loss = trace.loss.detach()  # the loss is differentiated below, by the logits; this graph has no use
         logits = trace.logits.detach().requires_grad_()
         with torch.enable_grad():
             loss = self._loss_of_logits(logits)
-            slope = partial_grad([loss], [logits], [torch.ones_like(loss)], create_graph=True)[0]
+            slope = partial_grad([loss], [logits], [torch.ones_like(loss)], create_graph=tangents is not None)[0]
             cotangent = torch.zeros_like(logits) if slope is None else slope
-            graph = self._graph("logits", trace.logits, leaves, cotangent.detach(), True)
-            return graph, partial_grad([cotangent], [logits], [graph.push_forward(tangents)])[0]
+            graph, gradients = self._graph("logits", trace.logits, leaves, cotangent.detach(), True)
+            if tangents is None:
+                return graph, gradients, None
+            return graph, gradients, partial_grad([cotangent], [logits], [graph.push_forward(tangents)])[0]
 
     def _sweep_block(
         self,
@@ -284,21 +319,24 @@ class Linearisation:
     ) -> tuple[Tensor | None, Tensor | None]:
         cotangent, cotangent_tangent = primal.cuts[index], dual.cuts[index]
         primal.cuts[index] = dual.cuts[index] = None
-        graph = self._block_graph(index, cotangent, tangents is not None)
-        self._scatter(index + 1, graph.gradients[1:], gradient)
+        graph, (hidden_gradient, *gradients) = self._block_graph(index, cotangent, tangents is not None)
+        self._scatter(index + 1, gradients, gradient)
         if tangents is None:
-            return graph.gradients[0], None
+            return hidden_gradient, None
+        del gradients  # as large as the block's weights
         directions = self._store.tangent(index + 1, tangents.vector).values()
         found = graph.pull_back(
             [tangents.hiddens[index], *directions], cotangent_tangent, self._product, retain=self._cached
         )
         self._scatter(index + 1, found[1:], product)
-        return graph.gradients[0], found[0]
+        return hidden_gradient, found[0]
 
-    def _block_graph(self, index: int, cotangent: Tensor | None, needs_second: bool) -> GradientGraph:
+    def _block_graph(
+        self, index: int, cotangent: Tensor | None, needs_second: bool
+    ) -> tuple[GradientGraph, MaybeTensors]:
         key = f"block {index}"
         if key in self._graphs:
-            return self._graphs[key]
+            return self._kept_graph(key)
         if index in self._block_outputs:
             leaves, output = self._block_outputs.pop(index)
         else:
@@ -329,21 +367,26 @@ class Linearisation:
             return
         seed = torch.zeros_like(expression) if cotangent is None else cotangent.detach()
         needs_second = self._cached or tangents is not None
-        graph = self._graph(f"input {index}", expression, [*cuts, *self._root], seed, needs_second)
-        primal.add(graph.gradients, index)
+        graph, gradients = self._graph(f"input {index}", expression, [*cuts, *self._root], seed, needs_second)
+        primal.add(gradients, index)
         if tangents is not None:
             found = graph.pull_back([*tangents.cuts[:index], *tangents.root], cotangent_tangent, self._product, True)
             dual.add(found, index)
 
+    def _kept_graph(self, key: str) -> tuple[GradientGraph, MaybeTensors]:
+        """A graph of an earlier sweep. That sweep used up the gradients, and later ones have no use for them."""
+        graph = self._graphs[key]
+        return graph, [None] * len(graph.leaves)
+
     def _graph(
         self, key: str, output: Tensor, leaves: list[Tensor], cotangent: Tensor, differentiable: bool
-    ) -> GradientGraph:
+    ) -> tuple[GradientGraph, MaybeTensors]:
         if key in self._graphs:
-            return self._graphs[key]
-        graph = GradientGraph.build(output, leaves, cotangent, differentiable, retain=True)
+            return self._kept_graph(key)
+        graph, gradients = GradientGraph.build(output, leaves, cotangent, differentiable, retain=True)
         if self._cached:
             self._graphs[key] = graph
-        return graph
+        return graph, gradients
 
     def _scatter(self, segment: int, results: MaybeTensors, into: Tensor | None) -> None:
         if into is not None:

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distributed_unlearn.curvature.gradient_graph import edge_of
 from distributed_unlearn.errors import ModelError
 
 LossOfLogits = Callable[[Tensor], Tensor]
@@ -65,6 +68,12 @@ class Trace:
     logits: Tensor | None = None
     loss: Tensor | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the trace holds."""
+        calls = [(call.args, call.kwargs) for call in self.calls]
+        held = tree_leaves((self.root_leaves, calls, self.inputs, self.cuts, self.logits, self.loss))
+        return [item for item in held if isinstance(item, Tensor)]
+
 
 BlockEvaluator = Callable[[int, BlockCall, Tensor], Any]
 """(block index, call, hidden expression) -> everything the block returns, without a graph."""
@@ -88,6 +97,40 @@ def _forward_replaced(block: nn.Module, forward: Callable[..., Any] | None) -> I
             block.__dict__["forward"] = previous
 
 
+def _several_paths(got: str) -> ModelError:
+    return ModelError(
+        got,
+        "blocks through which the loss depends on the weights by one hidden state, their first input and output",
+        "run this model as one segment (zero_stage 0 to 2)",
+    )
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    """A block's output as a leaf; under grad mode one that shows where it is used."""
+    differentiable = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.detach().requires_grad_(torch.is_grad_enabled() and differentiable)
+
+
+def _refuse_other_paths(trace: Trace) -> None:
+    """Walk the root's graph: its only leaves may be root weights and cuts.
+
+    Through any other (a block's second output, a block's weight that the root uses by itself) the loss depends
+    on the weights in a way that the sweep back cannot see.
+    """
+    known = {id(leaf) for leaf in (*trace.root_leaves.values(), *trace.cuts)}
+    edges = [edge_of(expression) for expression in (*trace.inputs, trace.logits)]
+    waiting: list[Node | None] = [edge.node for edge in edges if edge is not None]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+        if node.name() == "torch::autograd::AccumulateGrad" and id(node.variable) not in known:  # type: ignore[attr-defined]
+            raise _several_paths("a model that uses a second output or a weight of a block outside the blocks")
+
+
 def _split_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BlockCall, Tensor]:
     if args:
         call, hidden = BlockCall(block, args[1:], kwargs, None), args[0]
@@ -101,14 +144,9 @@ def _split_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             "the hidden state as first argument or as hidden_states",
             "run this model as one segment (zero_stage 0 to 2)",
         )
-    others = [*call.args, *call.kwargs.values()]
-    nested = [item for other in others for item in (other if isinstance(other, tuple | list) else (other,))]
-    if any(isinstance(item, Tensor) and item.requires_grad for item in nested):
-        raise ModelError(
-            f"a block of type {type(block).__name__} with several inputs that depend on the weights",
-            "blocks that depend on the weights through one hidden state",
-            "run this model as one segment (zero_stage 0 to 2)",
-        )
+    others = tree_leaves((call.args, call.kwargs))
+    if any(isinstance(other, Tensor) and other.requires_grad for other in others):
+        raise _several_paths(f"a block of type {type(block).__name__} with several inputs that depend on the weights")
     return call, hidden
 
 
@@ -122,11 +160,13 @@ def trace_forward(
 ) -> None:
     """Run the model's forward once with all blocks cut, and fill `trace` on the way.
 
-    The root graph is kept; the blocks leave values only. All ranks must call this where `evaluate_block`
-    gathers.
+    The root graph is kept; the blocks leave values only. A block's further outputs (attention weights) become
+    leaves that nothing may differentiate by: they may be returned, but not used on the way to the logits. All
+    ranks must call this where `evaluate_block` gathers.
 
     Raises:
-        ModelError: a model that does not call every block once, in order, with one hidden state.
+        ModelError: a model that does not call every block once, in order, with one hidden state; or, under grad
+            mode, one whose logits depend on a block's weights in another way than by its first output.
     """
 
     def replacement(block: nn.Module) -> Callable[..., Any]:
@@ -137,9 +177,9 @@ def trace_forward(
             trace.inputs.append(hidden)
             output = evaluate_block(index, call, hidden)
             first, rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
-            cut = first.detach().requires_grad_(torch.is_grad_enabled())
+            cut = _as_leaf(first)
             trace.cuts.append(cut)
-            return cut if rest is None else (cut, *rest)
+            return cut if rest is None else (cut, *tree_map_only(Tensor, _as_leaf, rest))
 
         return forward
 
@@ -155,3 +195,4 @@ def trace_forward(
             "a model that calls each block exactly once, in order",
             "run this model as one segment (zero_stage 0 to 2)",
         )
+    _refuse_other_paths(trace)

@@ -202,7 +202,7 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
         raise ModelError(
             "a tokenizer without a pad token",
             "a pad token",
-            "set pad_token in the checkpoint's tokenizer_config.json, e.g. to its end-of-sequence token",
+            "set data.pad_token, or pad_token in the checkpoint's tokenizer_config.json, e.g. to its end of sequence",
         )
     if not tokenizer.is_fast:
         raise ModelError(

@@ -1,16 +1,21 @@
 """From a job's model and data sections to an encoded corpus and its partition, without touching the weights."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
+from distributed_unlearn.checkpoints import expand_home
 from distributed_unlearn.config import DataConfig, ModelConfig, SelectionConfig
-from distributed_unlearn.data.corpus import load_records
+from distributed_unlearn.data.corpus import TextRecord, load_records
 from distributed_unlearn.data.encoding import EncodedCorpus, EncodingReport, encode_records, join
+from distributed_unlearn.data.model_errors import unreadable
 from distributed_unlearn.data.selection import Partition, partition_records, read_ids
-from distributed_unlearn.errors import ConfigError, ModelError
+from distributed_unlearn.errors import ConfigError, DataError, ModelError
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,47 +25,81 @@ class PreparedData:
     corpus: EncodedCorpus
     partition: Partition
     report: EncodingReport
+    """Of the training records and a separate holdout file together."""
+    commit: str | None = None
+    """What the model's hub name and revision stood for when the data was prepared; None for a folder."""
+
+
+def find_commit(config: ModelConfig) -> str | None:
+    """The commit that a hub name and revision stand for now; None for a folder.
+
+    It is the name of the snapshot folder that the Hub's files are kept in; not every transformers puts it into the
+    configuration.
+
+    Raises:
+        ModelError: the model cannot be had, with the cause.
+    """
+    path = expand_home(config.path)
+    if Path(path).is_dir():
+        return None
+    try:
+        found = cached_file(path, "config.json", revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise unreadable(config, "config.json", error) from error
+    name = Path(str(found)).parent.name
+    return name if re.fullmatch("[0-9a-f]{40}", name) else None
 
 
 def load_model_config(config: ModelConfig) -> Any:
     """The checkpoint's Hugging Face configuration.
 
     Raises:
-        ModelError: no such folder or hub model.
+        ModelError: it cannot be had, with the cause.
     """
+    path = expand_home(config.path)
     try:
-        return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.path '{config.path}' without a readable config.json ({type(error).__name__})",
-            "a folder with a Hugging Face checkpoint, or a hub name that this machine can reach",
-            "check the path",
-        ) from error
+        raise unreadable(config, "config.json", error) from error
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, pad_token: str | None = None) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; it must be a fast one, whose offsets tell prompt from answer.
+
+    Args:
+        config: The checkpoint.
+        pad_token: Pads instead of the tokenizer's own pad token; a token of its vocabulary.
 
     Raises:
         ModelError: missing, not fast, or without a pad token.
+        ConfigError: a `pad_token` that the vocabulary does not hold.
     """
+    path = expand_home(config.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.path '{config.path}' without a readable tokenizer ({type(error).__name__})",
-            "tokenizer files beside the weights",
-            "save the tokenizer into the checkpoint's folder",
-        ) from error
+        raise unreadable(config, "tokenizer", error) from error
     if not tokenizer.is_fast:
         raise ModelError("a slow tokenizer", "a fast one (tokenizer.json)", "convert it with transformers")
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"data.pad_token '{pad_token}', which the tokenizer does not know",
+                "a token of its vocabulary",
+                f"name one that it has{_example(tokenizer)}",
+            )
+        tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None:
         raise ModelError(
             f"the tokenizer of '{config.path}', which has no pad token",
             "a pad token (it may be the end-of-sequence token)",
-            "set pad_token in the checkpoint's tokenizer_config.json",
+            f"set data.pad_token{_example(tokenizer)}, or pad_token in the checkpoint's tokenizer_config.json",
         )
     return tokenizer
+
+
+def _example(tokenizer: PreTrainedTokenizerBase) -> str:
+    return "" if tokenizer.eos_token is None else f", e.g. to '{tokenizer.eos_token}'"
 
 
 def context_length(hf_config: Any, limit: int | None) -> int:
@@ -86,16 +125,67 @@ def prepare_data(
     Raises:
         ModelError, DataError, ConfigError: see the parts.
     """
-    length = context_length(load_model_config(model), data.max_length)
-    tokenizer = load_tokenizer(model)
+    commit = find_commit(model)
+    model = model.model_copy(update={"revision": commit or model.revision})
+    hf_config = load_model_config(model)
+    length = context_length(hf_config, data.max_length)
+    tokenizer = load_tokenizer(model, data.pad_token)
     records = load_records(data)
     subjects = {name for selection in forget for name in selection.subjects}
     named = {name for selection in forget for name in (*selection.record_ids, *read_ids(selection.ids_file))}
     protected = frozenset(r.record_id for r in records if r.subject_id in subjects or r.record_id in named)
     corpus, report = encode_records(records, tokenizer, length, data.too_long, protected)
     num_main = corpus.num_records
+    if holdout is not None:
+        _refuse_dropped(holdout, records, corpus, length)
     if holdout is not None and holdout.path is not None:
-        extra = load_records(data.model_copy(update={"path": holdout.path}))
-        held, _ = encode_records(extra, tokenizer, length, data.too_long, frozenset())
-        corpus = join((corpus, held))
-    return PreparedData(corpus, partition_records(corpus, forget, holdout, num_main), report)
+        source = {"path": holdout.path, "name": holdout.name, "split": holdout.split or "train"}
+        extra = load_records(data.model_copy(update=source))
+        held, held_report = encode_records(extra, tokenizer, length, data.too_long, frozenset())
+        corpus, report = join((corpus, held)), _both(report, held_report)
+    _refuse_tokens_beyond(model, hf_config, corpus)
+    return PreparedData(corpus, partition_records(corpus, forget, holdout, num_main), report, commit)
+
+
+def _both(first: EncodingReport, second: EncodingReport) -> EncodingReport:
+    return EncodingReport(
+        first.num_records + second.num_records,
+        first.num_truncated + second.num_truncated,
+        first.num_dropped + second.num_dropped,
+        max(first.longest, second.longest),
+    )
+
+
+def _refuse_dropped(
+    holdout: SelectionConfig, records: Sequence[TextRecord], corpus: EncodedCorpus, length: int
+) -> None:
+    """Refuse a holdout record that is named and was dropped; later it would pass for an id that does not exist."""
+    kept = frozenset(corpus.record_ids)
+    dropped = [record for record in records if record.record_id not in kept]
+    named = {*holdout.record_ids, *read_ids(holdout.ids_file)}
+    gone = [record.record_id for record in dropped if record.record_id in named]
+    left = frozenset(corpus.subject_ids)
+    gone += [record.record_id for record in dropped if record.subject_id in {*holdout.subjects} - left]
+    if gone:
+        raise DataError(
+            f"{len(gone)} record(s) to be held out that are longer than {length} tokens and were dropped, "
+            f"e.g. {', '.join(map(repr, gone[:5]))}",
+            "every record that is named in the data",
+            "raise data.max_length, set data.too_long to truncate, or take them out of holdout",
+        )
+
+
+def _refuse_tokens_beyond(model: ModelConfig, hf_config: Any, corpus: EncodedCorpus) -> None:
+    """Refuse tokens that the model has no embedding for: on a GPU they end the process with an assertion."""
+    size = int(getattr(hf_config.get_text_config(), "vocab_size", 0) or 0)
+    largest = int(corpus.tokens.max())
+    if not size or max(largest, corpus.pad_token_id) < size:
+        return
+    what = "pad token" if corpus.pad_token_id >= size else "tokens of the records"
+    raise ModelError(
+        f"a tokenizer of '{model.path}' whose {what} reach id {max(largest, corpus.pad_token_id)}",
+        f"ids below the model's vocabulary size {size}",
+        "set data.pad_token to a token that the model knows"
+        if largest < size
+        else "use the tokenizer that belongs to the checkpoint, or enlarge its embeddings",
+    )

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from distributed_unlearn.checkpoints import complete_folder, package_versions, write_json
+from distributed_unlearn.checkpoints import complete_folder, package_versions, set_aside, write_json
+from distributed_unlearn.commands.job_record import finite
+from distributed_unlearn.commands.output import claimed, confirm_shared, output_folder
 from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import ClusterConfig, DataConfig, ModelConfig, ObjectiveConfig, SaveConfig, SolverConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
@@ -27,7 +29,15 @@ from distributed_unlearn.report.tables import MethodRow, comparison_table
 from distributed_unlearn.rounds.evaluate import evaluate_sets
 from distributed_unlearn.rounds.group import WorkerGroup
 from distributed_unlearn.rounds.round import RoundTask, run_round
-from distributed_unlearn.rounds.training import TrainingTask, run_training
+from distributed_unlearn.rounds.training import TrainingTask, run_training, write_trained
+
+_PAPERS = ("report.html", "summary.json")
+"""What tells of the demo's checkpoints, the summary last; see `set_aside`."""
+_WRITTEN = (
+    *_PAPERS,
+    *("records.jsonl", "initial", "original", "retrained", "unlearned"),
+    *("comparison.png", "steps.png", "metrics.jsonl", "tensorboard"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,33 +75,56 @@ def run_demo(settings: DemoSettings, cluster: ClusterConfig, folder: Path, overw
     """Run the demo and write checkpoints, summary.json, pictures and report.html into `folder`.
 
     Raises:
-        ConfigError: the folder holds an earlier demo and `overwrite` is false.
+        ConfigError: the folder holds something that the demo would replace and `overwrite` is false.
     """
-    if (folder / "summary.json").exists() and not overwrite:
-        raise ConfigError(f"'{folder}' with an earlier demo", "a new folder", "give --overwrite or another --output")
+    folder = output_folder(str(folder))
+    with claimed(folder):
+        taken = [name for name in _WRITTEN if (folder / name).exists()]
+        if taken and not overwrite:
+            raise ConfigError(
+                f"'{folder}' with an earlier demo or other files ({', '.join(taken)})",
+                "a folder without them",
+                "give --overwrite or another --output",
+            )
+        versions = package_versions()
+        with open_group(cluster) as group:
+            confirm_shared(group, folder)
+            set_aside([folder / name for name in _PAPERS])  # they tell of checkpoints that go one by one from here on
+            with RunLog(folder) as log:
+                rows, record = _run(settings, cluster, folder, console, log, group, versions)
+    console.print(comparison_table(rows))
+    console.print(f"The cubic steps ended because {record.stop_reason}.", markup=False, highlight=False)
+    console.print(f"written: {folder / 'summary.json'}, {folder / 'report.html'}", markup=False, highlight=False)
+
+
+def _run(
+    settings: DemoSettings,
+    cluster: ClusterConfig,
+    folder: Path,
+    console: Console,
+    log: RunLog,
+    group: WorkerGroup,
+    versions: dict[str, str | None],
+) -> tuple[list[MethodRow], RoundRecord]:
     started = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
     write_people(folder / "records.jsonl", settings.num_subjects, settings.records_per_subject, settings.seed)
-    with open_group(cluster) as group, RunLog(folder) as log:
-        _create_initial(settings, group, folder)
-        prepared = prepare_data(
-            ModelConfig(path=str(folder / "initial")),
-            DataConfig(path=str(folder / "records.jsonl")),
-            (settings.forget,),
-            settings.holdout,
-        )
-        group.call_all("set_corpus", group.share(prepared.corpus))
-        demo = _Demo(settings, cluster, folder, console, log, group, prepared)
-        rows, record = _compare(demo)
-    summary = _summary(demo, rows, record, time.monotonic() - started)
-    write_json(folder / "summary.json", summary)
+    _create_initial(settings, group, folder)
+    prepared = prepare_data(
+        ModelConfig(path=str(folder / "initial")),
+        DataConfig(path=str(folder / "records.jsonl")),
+        (settings.forget,),
+        settings.holdout,
+    )
+    group.call_all("set_corpus", group.share(prepared.corpus))
+    demo = _Demo(settings, cluster, folder, console, log, group, prepared)
+    rows, record = _compare(demo)
+    summary = _summary(demo, versions, rows, record, time.monotonic() - started)
+    write_json(folder / "summary.json", finite(summary))
     images = [folder / "comparison.png", folder / "steps.png"]
     comparison_figure(rows, images[0])
     steps_figure(record.steps, images[1])
     write_page(folder / "report.html", "Unlearning demo", _paragraphs(demo, rows, record), rows, [record], images)
-    console.print(comparison_table(rows))
-    console.print(f"The cubic steps ended because {record.stop_reason}.", markup=False, highlight=False)
-    console.print(f"written: {folder / 'summary.json'}, {folder / 'report.html'}", markup=False, highlight=False)
+    return rows, record
 
 
 def _create_initial(settings: DemoSettings, group: WorkerGroup, folder: Path) -> None:
@@ -140,24 +173,23 @@ def _train(demo: _Demo, name: str, indices: np.ndarray) -> tuple[dict[str, SetSc
         progress.update(step, loss)
         demo.log.log(f"train_{name}", step, {"loss_nats_per_token": loss})
 
+    task = TrainingTask(
+        model=demo.model("initial"),
+        train=settings.train,
+        indices=indices,
+        zero_stage=demo.cluster.zero_stage if settings.train.zero_stage is None else settings.train.zero_stage,
+        micro_batch_size=settings.curvature.micro_batch_size,
+        seed=settings.seed,
+        destination=(demo.folder / name).resolve(),
+        save=SaveConfig(),
+        overwrite=True,
+        on_start=progress.start,
+        on_step=on_step,
+    )
     started = time.monotonic()
     try:
-        run_training(
-            demo.group,
-            TrainingTask(
-                model=demo.model("initial"),
-                train=settings.train,
-                indices=indices,
-                zero_stage=demo.cluster.zero_stage if settings.train.zero_stage is None else settings.train.zero_stage,
-                micro_batch_size=settings.curvature.micro_batch_size,
-                seed=settings.seed,
-                destination=(demo.folder / name).resolve(),
-                save=SaveConfig(),
-                overwrite=True,
-                on_start=progress.start,
-                on_step=on_step,
-            ),
-        )
+        run_training(demo.group, task)
+        write_trained(demo.group, task)
     finally:
         progress.stop()
     seconds = time.monotonic() - started
@@ -241,7 +273,9 @@ def _paragraphs(demo: _Demo, rows: list[MethodRow], record: RoundRecord) -> list
     ]
 
 
-def _summary(demo: _Demo, rows: list[MethodRow], record: RoundRecord, seconds: float) -> dict[str, Any]:
+def _summary(
+    demo: _Demo, versions: dict[str, str | None], rows: list[MethodRow], record: RoundRecord, seconds: float
+) -> dict[str, Any]:
     settings = asdict(demo.settings)
     for name in ("train", "solver", "curvature"):
         settings[name] = json.loads(getattr(demo.settings, name).model_dump_json())
@@ -249,7 +283,7 @@ def _summary(demo: _Demo, rows: list[MethodRow], record: RoundRecord, seconds: f
         "format": 1,
         "settings": settings,
         "cluster": demo.cluster.model_dump(mode="json"),
-        "versions": package_versions(),
+        "versions": versions,
         "methods": [asdict(row) for row in rows],
         "round": asdict(record),
         "wall_seconds": seconds,

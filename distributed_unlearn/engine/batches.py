@@ -53,15 +53,15 @@ class MicroBatchLoss:
     ) -> None:
         self._tokens, self._is_forget, self._reference = tokens, is_forget, reference_nll
         self._objective, self._totals = objective, totals
-        self.terms: dict[str, float] = {}
-        """The objective's parts at the last call, local shares."""
+        self.terms: dict[str, Tensor] = {}
+        """The objective's parts at the last call, local shares; tensors: reading a number waits for the device."""
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [B, T, V] -> scalar."""
         nll, num_tokens = token_nll(logits, self._tokens.input_ids, self._tokens.answer_mask)
         batch = SequenceBatch(nll, num_tokens, self._is_forget, self._reference)
         with torch.no_grad():
-            self.terms = {name: float(value) for name, value in self._objective.terms(batch, self._totals).items()}
+            self.terms = self._objective.terms(batch, self._totals)
         return self._objective(batch, self._totals)
 
 

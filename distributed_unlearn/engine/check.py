@@ -1,8 +1,8 @@
 """Compare gradient and curvature product on shards with an unsharded float64 reference.
 
-The reference is built from the very weights that the shards hold, so that only the arithmetic differs. It
-shares no code with the fast product: plain double backward, or central differences of gradients where the
-model is too large for that.
+The reference is built from the master weights that the shards hold, so that only the arithmetic differs (and, in
+bfloat16, the rounding of weights and direction that belongs to it). It shares no code with the fast product: plain
+double backward, or central differences of gradients where the model is too large for that.
 """
 
 import time
@@ -129,6 +129,13 @@ def _relative(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return (error / max(scale, 1e-300)) ** 0.5
 
 
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, after everything that the device was asked for is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def check_curvature(opened: OpenedModel, check: CurvatureCheck) -> CurvatureReport | None:
     """Run the check; rank 0 returns the report. All ranks must call this."""
     communicator, space = opened.communicator, opened.space
@@ -151,12 +158,12 @@ def check_curvature(opened: OpenedModel, check: CurvatureCheck) -> CurvatureRepo
             check.product,
             cached=check.mode == "cached",
         )
-        started = time.perf_counter()
+        started = _now(device)
         local = linearisation.gradient(gradient)
-        gradient_seconds = time.perf_counter() - started
-        before, started = communicator.num_elements_moved, time.perf_counter()
+        gradient_seconds = _now(device) - started
+        before, started = communicator.num_elements_moved, _now(device)
         linearisation.product(v, product)
-        product_seconds = time.perf_counter() - started
+        product_seconds = _now(device) - started
         moved = communicator.num_elements_moved - before
         linearisation.product(u, adjoint)
     loss = float(communicator.all_reduce_sum(local.double().reshape(1))[0])

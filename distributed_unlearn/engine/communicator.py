@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -82,8 +83,9 @@ class Communicator:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait for all ranks. All ranks must call this."""
-        self.all_reduce_sum(torch.zeros(1))
+        """Wait for all ranks; what they wrote before it is there afterwards. All ranks must call this."""
+        # Reading the result is what makes the host wait: NCCL's collectives only order the device's stream.
+        self.all_reduce_sum(torch.zeros(1)).item()
 
 
 def open_store(host: str, timeout_seconds: float) -> tuple[dist.TCPStore, int]:
@@ -101,12 +103,30 @@ def open_store(host: str, timeout_seconds: float) -> tuple[dist.TCPStore, int]:
     return store, store.port
 
 
+def _interface_towards(host: str) -> str | None:
+    """The network interface from which this machine reaches `host`; where `host` is here, the one that owns it."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # UDP: looks the route up and sends nothing
+            own = str(probe.getsockname()[0])
+    except OSError:
+        return None  # no route: joining the store will say so
+    for name, addresses in psutil.net_if_addrs().items():
+        for address in addresses:
+            found = str(address.address).partition("%")[0]  # an IPv6 address may carry its scope
+            # A host name may stand for 127.0.1.1, which no interface lists.
+            if found == own or (own.startswith("127.") and found.startswith("127.")):
+                return name
+    return None
+
+
 def connect(
     spec: RankSpec, host: str, port: int, store: dist.Store | None, timeout_seconds: float, use_gpu: bool
 ) -> Communicator:
     """Join the group: gloo on CPU, NCCL on GPU. All ranks must call this.
 
-    Sets RANK, WORLD_SIZE, LOCAL_RANK and the like, which DeepSpeed reads, in this process's environment.
+    Sets RANK, WORLD_SIZE, LOCAL_RANK and the like, which DeepSpeed reads, in this process's environment; for gloo also
+    GLOO_SOCKET_IFNAME, unless the user has set it.
     A group that exists already (an in-process worker used twice) is used again.
     """
     # Ray shows each actor its own GPU only, which is then device 0 whatever the rank on the node.
@@ -126,6 +146,9 @@ def connect(
         timeout = timedelta(seconds=timeout_seconds)
         if store is None:
             store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        # Left alone, gloo listens on the address that the machine's name stands for, whatever network the ranks share.
+        if not use_gpu and not os.environ.get("GLOO_SOCKET_IFNAME") and (interface := _interface_towards(host)):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
         dist.init_process_group(
             "nccl" if use_gpu else "gloo",
             store=dist.PrefixStore("unlearn", store),

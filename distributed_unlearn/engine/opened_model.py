@@ -12,7 +12,7 @@ from distributed_unlearn.curvature.segments import SegmentedModel, find_segments
 from distributed_unlearn.curvature.store import SegmentStore
 from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.engine.space import ShardedSpace
-from distributed_unlearn.engine.zero import ShardedWeights, checkpoint_dtype, full_shapes, load_model
+from distributed_unlearn.engine.zero import ExactWeights, ShardedWeights, checkpoint_dtype, full_shapes, load_model
 from distributed_unlearn.errors import ModelError, NumericalError
 
 
@@ -38,6 +38,8 @@ class OpenedModel:
     layout: FlatLayout
     weights: ShardedWeights
     store: SegmentStore
+    exact_store: SegmentStore
+    """As `store`, at the master's precision: for losses whose differences are smaller than the compute dtype shows."""
     space: ShardedSpace
     communicator: Communicator
     checkpoint_dtype: torch.dtype
@@ -106,12 +108,15 @@ def adopt_model(
     _cast(model, dtype)
     if not communicator.all_true(bool(torch.isfinite(weights.master).all())):
         raise NumericalError("weights with NaN or infinite entries", "finite weights", "use an intact checkpoint")
+    store = SegmentStore(layout, communicator, weights, dtype)
+    exact = weights.master.dtype
     return OpenedModel(
         model=model,
         segmented=segmented,
         layout=layout,
         weights=weights,
-        store=SegmentStore(layout, communicator, weights, dtype),
+        store=store,
+        exact_store=store if dtype == exact else SegmentStore(layout, communicator, ExactWeights(weights), exact),
         space=ShardedSpace(layout, communicator),
         communicator=communicator,
         checkpoint_dtype=own_dtype,

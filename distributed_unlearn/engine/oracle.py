@@ -15,6 +15,7 @@ from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.data.encoding import EncodedCorpus
 from distributed_unlearn.data.sampling import draw
 from distributed_unlearn.engine.batches import MicroBatch, Minibatch, local_micro_batches
+from distributed_unlearn.engine.first_order import ShardedOptimizer
 from distributed_unlearn.engine.opened_model import OpenedModel
 from distributed_unlearn.engine.specs import RoundSpec
 from distributed_unlearn.objectives.objective import build_objective
@@ -36,7 +37,7 @@ class ShardedOracle:
         self._krylov: LanczosBasis | None = None
         self._descent: InnerDescent | None = None
         self._backup: Tensor | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: ShardedOptimizer | None = None
         self._step_index = 0
         self.cached: bool | None = None
         """Whether products keep their graphs; decided at the first product."""
@@ -72,10 +73,13 @@ class ShardedOracle:
             communicator.device,
         )
 
-    def _linearise(self, batch: MicroBatch, cached: bool, keep_forward: bool = False) -> Linearisation:
+    def _linearise(
+        self, batch: MicroBatch, cached: bool, keep_forward: bool = False, exact: bool = False
+    ) -> Linearisation:
         opened, product = self._opened, self._spec.curvature.product
+        store = opened.exact_store if exact else opened.store
         return Linearisation(
-            opened.segmented, opened.store, batch.inputs, batch.loss, product, cached=cached, keep_forward=keep_forward
+            opened.segmented, store, batch.inputs, batch.loss, product, cached=cached, keep_forward=keep_forward
         )
 
     # -- StepOracle ---------------------------------------------------------------------------------------
@@ -97,8 +101,10 @@ class ShardedOracle:
         keep = self._spec.curvature.mode == "cached" or self.cached is True
         for batch in self._gradient_batches:
             local += self._linearise(batch, cached=False, keep_forward=keep).gradient(self._gradient).double().cpu()
+        if self._spec.solver.method == "scurenewton" and self._opened.exact_store is not self._opened.store:
+            local = self._local_loss()  # what trials are compared with must be as exact as they are
         names = sorted(self._gradient_batches[0].loss.terms)
-        sums = [sum(batch.loss.terms[name] for batch in self._gradient_batches) for name in names]
+        sums = [sum(float(batch.loss.terms[name]) for batch in self._gradient_batches) for name in names]
         total = self._opened.communicator.all_reduce_sum(torch.tensor([float(local), *sums], dtype=torch.float64))
         terms = {name: float(value) for name, value in zip(names, total[1:], strict=True)}
         return StepStart(float(total[0]), self._opened.space.norm(self._gradient), terms)
@@ -137,26 +143,22 @@ class ShardedOracle:
         self._backup = None
 
     def accept(self) -> None:
-        """Keep the tentative update. All ranks must call this."""
+        """Keep the tentative update, and nothing else of the step. All ranks must call this."""
         assert self._backup is not None, "accept without a tentative update"
-        self._backup = None
+        # Graphs and basis vectors can be most of a rank's memory, and scoring comes next.
+        self._backup = self._krylov = self._descent = None
+        self._linearisations = []
 
     def first_order_step(self, step_index: int, learning_rate: float) -> StepStart:
         """One AdamW or SGD step of the sharded optimiser. All ranks must call this."""
-        solver, weights = self._spec.solver, self._opened.weights
+        solver = self._spec.solver
         start = self.begin_step(step_index)
         if not math.isfinite(start.loss) or not math.isfinite(start.gradient_norm):
             return start
         if self._optimizer is None:
-            parameter = torch.nn.Parameter(weights.master, requires_grad=True)  # shares the master's memory
-            if solver.method == "adamw":
-                self._optimizer = torch.optim.AdamW([parameter], learning_rate, weight_decay=solver.weight_decay)
-            else:
-                self._optimizer = torch.optim.SGD([parameter], learning_rate, weight_decay=solver.weight_decay)
-        parameter = self._optimizer.param_groups[0]["params"][0]
-        parameter.grad = self._gradient
-        self._optimizer.step()
-        weights.refresh()
+            assert solver.method != "scurenewton", "a first-order step in a second-order round"
+            self._optimizer = ShardedOptimizer(self._opened, solver.method, solver.weight_decay)
+        self._optimizer.step(self._gradient, learning_rate)
         return start
 
     # -- parts --------------------------------------------------------------------------------------------
@@ -196,6 +198,16 @@ class ShardedOracle:
         weights.refresh()
         return Trial(self._loss(), norm)
 
+    def _local_loss(self) -> Tensor:
+        """This rank's share of the loss on the gradient minibatch, at the master's precision.
+
+        A step changes weights by less than bfloat16 resolves: a trial in the compute dtype would see a few per cent
+        of it and reject every step.
+        """
+        local = torch.zeros((), dtype=torch.float64)
+        for batch in self._gradient_batches:
+            local += self._linearise(batch, cached=False, exact=True).loss().double().cpu()
+        return local
+
     def _loss(self) -> float:
-        local = sum(float(self._linearise(batch, cached=False).loss()) for batch in self._gradient_batches)
-        return float(self._opened.communicator.all_reduce_sum(torch.tensor([local], dtype=torch.float64))[0])
+        return float(self._opened.communicator.all_reduce_sum(self._local_loss().reshape(1))[0])

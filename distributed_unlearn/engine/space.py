@@ -26,7 +26,7 @@ class ShardedSpace:
             wide = x[begin : begin + self._chunk_numel].to(torch.float64)
             for index, row in enumerate(rows):
                 local[index] += torch.dot(row[begin : begin + self._chunk_numel].to(torch.float64), wide)
-        return [float(value) for value in self._collectives.all_reduce_sum(local)]
+        return self._collectives.all_reduce_sum(local).tolist()
 
     def norm(self, x: torch.Tensor) -> float:
         """`||x||`, Euclidean. All ranks must call this."""

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distributed_unlearn.config import TrainConfig
 from distributed_unlearn.data.encoding import EncodedCorpus, collate
@@ -140,4 +141,6 @@ class Trainer:
         self._accelerator.free_memory()
         destroy: Callable[[], None] = getattr(self._engine, "destroy", lambda: None)
         destroy()
+        # accelerate's plugin leaves transformers in ZeRO-3 mode: the next model would be loaded partitioned.
+        unset_hf_deepspeed_config()
         return self.model.eval()

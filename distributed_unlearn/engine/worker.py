@@ -79,6 +79,13 @@ class Worker:
         self._communicator = connect(spec, host, port, self._store, timeout_seconds, use_gpu)
         prepare_deepspeed(use_gpu)
 
+    def can_see(self, path: str, token: str) -> bool:
+        """Whether this rank reads `token` in the file `path`: whether it shares storage with the driver."""
+        try:
+            return Path(path).read_text(encoding="utf-8").strip() == token
+        except OSError:
+            return False
+
     def process_id(self) -> int:
         """This process's id; not collective."""
         return os.getpid()
@@ -137,6 +144,7 @@ class Worker:
     def begin_round(self, spec: RoundSpec) -> None:
         """Start a round from the current weights."""
         assert self._corpus is not None
+        self._oracle = None  # the graphs of the round before go before those of this one come
         self._oracle = ShardedOracle(self.opened, self._corpus, spec)
         self._round_start = self.opened.weights.master.detach().cpu().clone()
 

@@ -10,11 +10,12 @@ are partitioned in the same layout at every stage.
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -54,13 +55,25 @@ def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
+def _refuse_missing(path: str, found: dict[str, Any]) -> None:
+    # transformers draws missing weights at random, differently on every rank, and says so in a log alone.
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model '{path}', whose files lack {len(missing)} weights ({', '.join(missing[:3])}, ...)",
+            "every weight of the architecture that config.json names",
+            "copy or convert the checkpoint again",
+        )
+
+
 def load_model(path: str, revision: str | None, dtype: torch.dtype, zero_stage: int, device: torch.device) -> nn.Module:
     """A causal LM in `eval()` mode with eager attention; partitioned at stage 3. All ranks must call this.
 
     Safetensors only; remote code is never run.
 
     Raises:
-        ModelError: no such checkpoint, not safetensors, or an architecture that transformers cannot load.
+        ModelError: no such checkpoint, not safetensors, files that are damaged or lack weights, or an architecture
+            that transformers cannot load.
     """
     arguments: dict[str, Any] = {
         "revision": revision,
@@ -68,24 +81,27 @@ def load_model(path: str, revision: str | None, dtype: torch.dtype, zero_stage: 
         "trust_remote_code": False,
         "attn_implementation": "eager",
         "dtype": dtype,
+        "output_loading_info": True,
     }
     try:
         if zero_stage == 3:
             with _partitioned_loading(_deepspeed_config(dtype)):
-                model = AutoModelForCausalLM.from_pretrained(path, **arguments)
+                loaded: Any = AutoModelForCausalLM.from_pretrained(path, **arguments)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, **arguments)
-            nn.Module.to(model, device)
-    except (OSError, ValueError) as error:
+            loaded = AutoModelForCausalLM.from_pretrained(path, **arguments)
+            nn.Module.to(loaded[0], device)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"model '{path}', which cannot be loaded ({str(error).splitlines()[0]})",
-            "a Hugging Face causal language model with safetensors weights",
-            "check the path; convert pytorch_model.bin with save_pretrained(safe_serialization=True)",
+            "a Hugging Face causal language model with intact safetensors weights",
+            "check the path and the files; convert pytorch_model.bin with save_pretrained(safe_serialization=True)",
         ) from error
+    model, found = loaded
+    _refuse_missing(path, found)
     model.gradient_checkpointing_disable()
     assert torch.nn.functional.linear.__module__ == "torch._C._nn", "DeepSpeed replaced torch's linear function"
     gc.collect()
-    return model.eval()
+    return cast(nn.Module, model.eval())
 
 
 def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -128,6 +144,10 @@ class ShardedWeights:
         """This rank's trainable weights: [vector_numel], fp32 (float64 in checks), padding zero."""
         self._compute = self.master if compute_dtype == master_dtype else self.master.to(compute_dtype)
         self._frozen = self._collect(trainable=False, dtype=compute_dtype)
+        # As loaded, on the host: what an update does not touch must leave as it came.
+        self._exact_frozen = (
+            self._frozen if compute_dtype == master_dtype else self._collect(trainable=False, dtype=master_dtype).cpu()
+        )
         if partitioned:
             self._adopt_partitions()
 
@@ -164,13 +184,21 @@ class ShardedWeights:
                 slot.name: self._parameters[slot.qualified_name].detach().to(self._dtype)
                 for slot in (*segment.trainable, *segment.frozen)
             }
+        return self._gather(segment, self._compute, self._frozen)
+
+    def exact_segment_weights(self, segment: SegmentLayout) -> dict[str, torch.Tensor]:
+        """Full weights of a segment at the master's precision. All ranks must call this."""
+        return self._gather(segment, self.master, self._exact_frozen)
+
+    def _gather(self, segment: SegmentLayout, trainable: torch.Tensor, frozen: torch.Tensor) -> dict[str, torch.Tensor]:
         full: dict[str, torch.Tensor] = {}
         for flat, slots, start, stop in (
-            (self._compute, segment.trainable, segment.start, segment.stop),
-            (self._frozen, segment.frozen, segment.frozen_start, segment.frozen_stop),
+            (trainable, segment.trainable, segment.start, segment.stop),
+            (frozen, segment.frozen, segment.frozen_start, segment.frozen_stop),
         ):
             if slots:
-                full.update(unpack(self._communicator.all_gather(flat[start:stop]), slots, self._layout.world_size))
+                local = flat[start:stop].to(self._communicator.device)
+                full.update(unpack(self._communicator.all_gather(local), slots, self._layout.world_size))
         return full
 
     def set_master(self, master: torch.Tensor) -> None:
@@ -192,13 +220,20 @@ class ShardedWeights:
                     self._parameters[slot.qualified_name].data.copy_(full)
 
     def gather_master(self, segment: SegmentLayout, slot: Slot) -> torch.Tensor:
-        """One full parameter in the best precision there is (fp32 if trainable). All ranks must call this."""
-        flat, start = (self.master, segment.start) if slot.trainable else (self._frozen, segment.frozen_start)
+        """One full parameter at the master's precision. All ranks must call this."""
+        flat, start = (self.master, segment.start) if slot.trainable else (self._exact_frozen, segment.frozen_start)
         begin = start + slot.offset
-        gathered = self._communicator.all_gather(flat[begin : begin + slot.shard_numel])
+        local = flat[begin : begin + slot.shard_numel].to(self._communicator.device)
+        gathered = self._communicator.all_gather(local)
         return gathered[: slot.numel].view(slot.shape)
 
 
-def folder_of(path: str) -> Path | None:
-    """The local folder of a checkpoint given by path, or None for a hub name."""
-    return Path(path) if Path(path).is_dir() else None
+@dataclass(frozen=True)
+class ExactWeights:
+    """The weights at the master's precision, as a `WeightSource`."""
+
+    weights: ShardedWeights
+
+    def segment_weights(self, segment: SegmentLayout) -> dict[str, torch.Tensor]:
+        """Full parameters by name within the segment. All ranks must call this."""
+        return self.weights.exact_segment_weights(segment)

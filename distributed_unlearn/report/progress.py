@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from distributed_unlearn.records import StepRecord
@@ -109,7 +110,7 @@ def stage(console: Console, text: str) -> Iterator[None]:
     verdict = "failed"
     try:
         if console.is_terminal:
-            with console.status(text):
+            with console.status(escape(text)):  # a path may hold brackets
                 yield
         else:
             console.print(f"{text} ...", markup=False, highlight=False, soft_wrap=True)

@@ -1,12 +1,12 @@
 """A training run on a worker group: fine-tuning, or the retrained reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from distributed_unlearn.checkpoints import complete_folder
+from distributed_unlearn.checkpoints import complete_folder, hash_folder
 from distributed_unlearn.config import ModelConfig, SaveConfig, TrainConfig
 from distributed_unlearn.rounds.group import WorkerGroup
 
@@ -31,7 +31,7 @@ class TrainingTask:
 
 
 def run_training(group: WorkerGroup, task: TrainingTask) -> list[float]:
-    """Train, leave the trained model open on the workers and write it to `task.destination`.
+    """Train and leave the trained model open on the workers; `write_trained` writes it.
 
     Returns:
         The loss of every step, nats per token of the global minibatch.
@@ -52,6 +52,20 @@ def run_training(group: WorkerGroup, task: TrainingTask) -> list[float]:
         losses.append(loss)
         task.on_step(step, loss)
     group.call_all("finish_training")
-    with complete_folder(task.destination, task.overwrite) as staging:
-        group.call_all("export", str(staging.resolve()), task.model, task.save)
     return losses
+
+
+def write_trained(group: WorkerGroup, task: TrainingTask, papers: Sequence[Path] = ()) -> dict[str, str]:
+    """Write the trained model to `task.destination`.
+
+    Args:
+        group: Workers on which `run_training` has just ended.
+        task: As given to it.
+        papers: What tells of the checkpoint that is replaced, see `complete_folder`.
+
+    Returns:
+        The hashes of what was written.
+    """
+    with complete_folder(task.destination, task.overwrite, papers) as staging:
+        group.call_all("export", str(staging.resolve()), task.model, task.save)
+        return hash_folder(staging)

@@ -1,4 +1,4 @@
-"""The paper's inner solver: gradient descent on the cubic model, O(2d) memory beside the gradient.
+"""The paper's inner solver: gradient descent on the cubic model; it keeps two vectors beside the gradient.
 
 Bui et al., arXiv 2406.14507 (SCureNewton, the cubic sub-solver); the random perturbation of the gradient against the
 hard case is that of Carmon and Duchi 2019 and of Tripuraneni et al. 2018, algorithm 3. We scale it by `||g||`, so that

@@ -46,7 +46,7 @@ class StoppingRule:
             step: index of the step just taken, for the sentence.
             forget_loss_distance: mean over forget records of |record's mean answer loss - holdout loss|, nats per
                 token; None when it was not measured, which counts as not matching.
-            retain_loss: on the step's retain minibatch, nats per token. NaN in either loss never stops.
+            retain_loss: on a fixed sample of the retain set, nats per token. NaN in either loss never stops.
             elapsed_seconds: since the round began.
         """
         if self._holdout_loss is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_tokenizer_without_pad_token(tiny: TinyJob, tmp_path, capsys):
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     assert AutoTokenizer.from_pretrained(model).pad_token_id is None
     outcome = refused(tiny, capsys, tmp_path / "out", f"model.path={model}")
-    assert_refused(outcome, 5, "model", "no pad token", "tokenizer_config.json")
+    assert_refused(outcome, 5, "model", "no pad token", "set data.pad_token", "tokenizer_config.json")
 
 
 def test_pickled_checkpoint(tiny: TinyJob, tmp_path, capsys):
@@ -195,6 +196,37 @@ def test_demo_keeps_an_earlier_one(tmp_path, capsys):
     outcome = call(capsys, ["demo", "--short", "--output", str(tmp_path)])
     assert_refused(outcome, 3, "configuration", "an earlier demo", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--seed", "-1"],
+        ["demo", "--num-workers", "0"],
+        ["check", "curvature", "--model", "m", "--batch-size", "0"],
+        ["check", "curvature", "--model", "m", "--sequence-length", "3"],
+        ["check", "curvature", "--model", "m", "--seed", "-1"],
+        ["check", "curvature", "--model", "m", "--num-workers", "-2"],
+    ],
+    ids=lambda arguments: " ".join(arguments[-2:]),
+)
+def test_options_out_of_range(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    option, value = arguments[-2:]
+    assert_refused(call(capsys, arguments), 3, "configuration", f"got {option} {value}", "at least", option)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_packaged_model_replaces_nothing_unasked(tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    script = Path(__file__).parents[2] / "jobs" / "smollm2_from_package.py"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # installed or not, it must not get so far
+    for folder, message in ((tmp_path, "which exists: .*--overwrite"), (kept, "which is a file")):
+        monkeypatch.setattr("sys.argv", [str(script), str(folder)])
+        with pytest.raises(SystemExit, match=message):
+            runpy.run_path(str(script), run_name="__main__")
+    assert kept.read_text() == "kept"
 
 
 def test_check_of_a_missing_model(capsys):

@@ -46,7 +46,12 @@ def test_sequential_rounds(tiny: TinyJob, tmp_path, capsys):
     assert total == pytest.approx(_distance(tiny.model, output / "checkpoint"), rel=1e-4)
     kinds = [json.loads(line)["kind"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("round_0/step") == kinds.count("round_1/step") == 2 and kinds.count("round") == 2
-    assert "after round 1" in outcome.out and "after round 2" in outcome.out
+    # Each round has sets of its own, so each has a row before it too.
+    for number, round_record in enumerate(record["rounds"], start=1):
+        for when in ("before", "after"):
+            (line,) = [line for line in outcome.out.splitlines() if f"{when} round {number} " in line]
+            loss = round_record[when]["forget"]["loss_nats_per_token"]
+            assert f"{loss:.3f} / " in line
     assert all(selection["subjects"].endswith(" named") for selection in record["config"]["rounds"])
 
 
@@ -92,6 +97,16 @@ def test_training_learns_and_leaves_out(trained: Path, tiny: TinyJob):
     assert lines[-1]["values"]["loss_nats_per_token"] < lines[0]["values"]["loss_nats_per_token"]
 
 
+def test_training_scores_every_round_that_it_leaves_out(tiny: TinyJob, tmp_path, capsys):
+    rounds = "rounds=[{subjects: [person-0000]}, {record_ids: [person-0001-00]}]"
+    train = "train={epochs: 1, batch_size: 6, zero_stage: 2, exclude_forget: true}"
+    outcome = succeed(capsys, tiny.run(tmp_path / "out", "forget=null", rounds, train))
+    scores = _record(tmp_path / "out")["scores"]
+    counts = {name: value["num_records"] for name, value in scores.items()}
+    assert counts == {"trained on": 8, "holdout": 6, "forget_round_0": 3, "forget_round_1": 1}
+    assert "forget_round_1: loss " in outcome.out
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_training_moves_what_is_trainable_and_nothing_else(stage, tiny: TinyJob, tmp_path, capsys):
     chosen = ("train={epochs: 1, batch_size: 12}", f"train.zero_stage={stage}", "train.learning_rate=0.01")
@@ -120,6 +135,14 @@ def test_tug_of_war_against_the_retrained_model(trained: Path, tiny: TinyJob, tm
         mine, theirs = retrained[name]["loss_nats_per_token"], alone[other]["loss_nats_per_token"]
         assert mine == pytest.approx(theirs, rel=1e-5)
     assert "retrained" in outcome.out and f"{expected:.3f}" in outcome.out
+
+
+@pytest.mark.parametrize(("limit", "left_out"), [(8, True), (9, False)])
+def test_a_tug_of_war_over_samples_is_left_out_and_said_to_be(limit, left_out, tiny: TinyJob, tmp_path, capsys):
+    sample = f"evaluation.max_records_per_set={limit}"  # of 9 records to retain
+    outcome = succeed(capsys, tiny.run(tmp_path / "out", f"retrained={tiny.model}", sample, "solver.max_steps=1"))
+    assert ("Tug-of-War is left out" in outcome.out) is left_out
+    assert (_record(tmp_path / "out")["rounds"][0]["tug_of_war"] is None) is left_out
 
 
 def test_a_sample_of_records_is_scored(tiny: TinyJob, tmp_path, capsys):

@@ -88,7 +88,8 @@ def test_record_holds_the_resolved_configuration(finished: Finished, tiny: TinyJ
     assert config["cluster"]["zero_stage"] == 3 and config["objective"]["beta"] == 0.1
     assert config["model"] == {"path": str(tiny.model), "revision": None, "dtype": "float32", "trainable": "all"}
     assert config["holdout"]["subjects"] == list(HOLDOUT)
-    assert config["forget"] == {"subjects": "1 named", "record_ids": "1 named", "ids_file": None, "path": None}
+    named = {"subjects": "1 named", "record_ids": "1 named"}
+    assert config["forget"] == {**named, "ids_file": None, "path": None, "name": None, "split": None}
     versions = finished.record["versions"]
     assert versions["torch"] == torch.__version__ and {"python", "ray", "deepspeed", "transformers"} <= versions.keys()
 

@@ -1,5 +1,6 @@
 """Worker groups on a local Ray: the same numbers as in one process, and failures that name their cause."""
 
+import contextlib
 import os
 import signal
 import time
@@ -10,9 +11,11 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from processes import PATIENT_RAY
 from safetensors.torch import load_file
 from tiny_job import FORGET, HOLDOUT, TinyJob
 
+from distributed_unlearn.cluster.failures import states
 from distributed_unlearn.cluster.in_process import InProcessGroup
 from distributed_unlearn.cluster.session import ray_group, ray_session
 from distributed_unlearn.config import (
@@ -32,10 +35,16 @@ from distributed_unlearn.records import RoundRecord
 from distributed_unlearn.rounds.group import WorkerGroup
 from distributed_unlearn.rounds.round import RoundTask, run_round
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# The method "thread" would end this very process, and leave Ray's.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800, method="signal")]
 
 CLUSTER = ClusterConfig(
-    num_workers=2, zero_stage=3, use_gpu="never", placement_timeout_seconds=120.0, call_timeout_seconds=200.0
+    num_workers=2,
+    zero_stage=3,
+    use_gpu="never",
+    placement_timeout_seconds=900.0,
+    collective_timeout_seconds=900.0,
+    call_timeout_seconds=900.0,
 )
 
 
@@ -44,8 +53,11 @@ def local_ray() -> Iterator[None]:
     if (os.cpu_count() or 1) < CLUSTER.num_workers:
         pytest.skip("fewer processors than workers")
     handler = signal.getsignal(signal.SIGTERM)
-    with ray_session(CLUSTER):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in PATIENT_RAY.items():
+            patch.setenv(name, value)
+        with ray_session(CLUSTER):
+            yield
     signal.signal(signal.SIGTERM, handler)
 
 
@@ -81,7 +93,7 @@ def _run(group: WorkerGroup, tiny: TinyJob, prepared: PreparedData, folder: Path
     return record
 
 
-def _alive(process_ids: tuple[int, ...], patience_seconds: float = 10.0) -> list[int]:
+def _alive(process_ids: tuple[int, ...], patience_seconds: float = 60.0) -> list[int]:
     deadline = time.monotonic() + patience_seconds
     while (alive := [pid for pid in process_ids if _is_actor(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -148,6 +160,8 @@ def test_a_silent_worker_is_named_and_ended(tiny: TinyJob):
     with ray_group(CLUSTER) as group:
         model = ModelConfig(path=str(tiny.model))
         group.call_all("open_model", model, "float32", 3)
+        # Warm up what is to answer in time: the thread of the heartbeat starts with the first of them.
+        assert all("idle" in state for state in states(group._actors))
         # Only now: importing and loading may rightly take longer than this call.
         group._config = CLUSTER.model_copy(update={"call_timeout_seconds": 2.0})
         process_ids = group.process_ids
@@ -157,10 +171,11 @@ def test_a_silent_worker_is_named_and_ended(tiny: TinyJob):
             with pytest.raises(WorkerError, match="'open_model' that took over 2 s") as caught:
                 group.call_all("open_model", model, "float32", 3)
         except BaseException:
-            os.kill(process_ids[1], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_ids[1], signal.SIGKILL)
             raise
-        assert time.monotonic() - before < 30
+        assert time.monotonic() - before < 300  # 2 s, 30 s for the silent one, 5 s to end it, and the machine's load
         assert "rank 1: no answer" in caught.value.got and "rank 0: no answer" not in caught.value.got
         assert caught.value.exit_code == 8
-        assert _alive(process_ids, patience_seconds=1.0) == []  # the stopped one too
+        assert _alive(process_ids) == []  # the stopped one too
     assert ray.is_initialized()

@@ -1,5 +1,6 @@
 """What is computed on ranks and, in float64 on one plain module, as its truth."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,9 @@ SETTINGS = SCureNewtonSettings(max_krylov_steps=KRYLOV_STEPS, cubic_coefficient=
 
 # 9 records in micro-batches of 2: of two ranks the first has an empty third one.
 TRAINING = TrainConfig(epochs=2, batch_size=9, learning_rate=1e-3, warmup_share=0.3)
+# Learning rates of the first-order steps, by method, and their weight decay.
+RATES: dict[Literal["adamw", "sgd"], tuple[float, ...]] = {"adamw": (1e-2, 2e-2, 5e-3), "sgd": (1e-1, 2e-1, 5e-2)}
+DECAY = 0.3
 TRAINABLE: dict[str, Literal["all"] | tuple[str, ...]] = {"all": "all", "some": ("*.mlp.*", "*embed_tokens*")}
 
 
@@ -105,12 +109,12 @@ def _roles(problem: Problem, size: int) -> tuple[int, int]:
     return (0, size) if problem.objective == "retain" else (size // 2, size - size // 2)
 
 
-def minibatch_of(problem: Problem, size: int) -> Minibatch:
-    """The first step's minibatch of `size` records: the head of its gradient minibatch."""
+def minibatch_of(problem: Problem, size: int, step: int = 0) -> Minibatch:
+    """A step's minibatch of `size` records: the head of its gradient minibatch."""
     drawn, wanted = _roles(problem, problem.gradient_batch), _roles(problem, size)
     return Minibatch(
-        draw(0, 1, 0, "forget", FORGET, drawn[0])[: wanted[0]],
-        draw(0, 1, 0, "retain", RETAIN, drawn[1])[: wanted[1]],
+        draw(0, 1, step, "forget", FORGET, drawn[0])[: wanted[0]],
+        draw(0, 1, step, "retain", RETAIN, drawn[1])[: wanted[1]],
     )
 
 
@@ -146,27 +150,30 @@ def load_float64(path: str) -> torch.nn.Module:
     return model.double().eval()
 
 
+def loss_on(corpus: EncodedCorpus, problem: Problem, minibatch: Minibatch) -> Callable[[torch.nn.Module], torch.Tensor]:
+    """The objective on a minibatch, all of it at once, as a function of the module."""
+    objective = build_objective(ObjectiveConfig(name=problem.objective), HOLDOUT_LOSS)
+    totals = minibatch_totals(corpus, minibatch)
+    chosen = np.concatenate([minibatch.forget, minibatch.retain])
+    tokens = collate(corpus, chosen)
+    is_forget = torch.arange(len(chosen)) < len(minibatch.forget)
+    reference = torch.tensor([REFERENCE_NLL.get(int(index), float("nan")) for index in chosen], dtype=torch.float64)
+
+    def loss(module: torch.nn.Module) -> torch.Tensor:
+        logits = module(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False).logits
+        nll, num_tokens = token_nll(logits, tokens.input_ids, tokens.answer_mask)
+        return objective(SequenceBatch(nll, num_tokens, is_forget, reference), totals)
+
+    return loss
+
+
 def compute_truth(folder: Path, corpus: EncodedCorpus, problem: Problem, vector: dict[str, torch.Tensor]) -> Truth:
     """`vector` is the direction of `hvp`, by parameter name."""
     model = load_float64(str(folder / problem.checkpoint))
-    objective = build_objective(ObjectiveConfig(name=problem.objective), HOLDOUT_LOSS)
-
-    def loss_on(size: int) -> Any:
-        minibatch = minibatch_of(problem, size)
-        totals = minibatch_totals(corpus, minibatch)
-        chosen = np.concatenate([minibatch.forget, minibatch.retain])
-        tokens = collate(corpus, chosen)
-        is_forget = torch.arange(len(chosen)) < len(minibatch.forget)
-        reference = torch.tensor([REFERENCE_NLL.get(int(index), float("nan")) for index in chosen], dtype=torch.float64)
-
-        def loss(module: torch.nn.Module) -> torch.Tensor:
-            logits = module(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False).logits
-            nll, num_tokens = token_nll(logits, tokens.input_ids, tokens.answer_mask)
-            return objective(SequenceBatch(nll, num_tokens, is_forget, reference), totals)
-
-        return loss
-
-    on_gradient, on_curvature = loss_on(problem.gradient_batch), loss_on(problem.curvature_batch)
+    on_gradient, on_curvature = (
+        loss_on(corpus, problem, minibatch_of(problem, size))
+        for size in (problem.gradient_batch, problem.curvature_batch)
+    )
     direction = {name: value.double() for name, value in vector.items()}
     with LiftFloat32Casts():
         first = double_backward(model, on_gradient, direction)

@@ -62,6 +62,13 @@ def write_checkpoints(folder: Path) -> None:
     weights = load_file(folder / "nan" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][-1, -1] = float("nan")  # on the last rank
     save_file(weights, folder / "nan" / "model.safetensors", metadata={"format": "pt"})
+    odd_llama().save_pretrained(folder / "lacking")
+    weights = load_file(folder / "lacking" / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"], weights["model.norm.weight"]
+    save_file(weights, folder / "lacking" / "model.safetensors", metadata={"format": "pt"})
+    odd_llama().save_pretrained(folder / "cut off")
+    with (folder / "cut off" / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
     odd_llama().config.save_pretrained(folder / "pickled")
     torch.save(odd_llama().state_dict(), folder / "pickled" / "pytorch_model.bin")
     _blockless().save_pretrained(folder / "blockless")

@@ -51,7 +51,7 @@ def plan_for(world_size: int, folder: Path, corpus: EncodedCorpus) -> Plan:
         stages=(0, 3),
         export_stages=(3,) if world_size == 4 else (0, 3),
         checks=CHECKS if world_size == 2 else (),
-        training_stages=() if world_size == 4 else (2, 3),
+        training_stages=() if world_size == 4 else (3, 2),  # stage 3 first: what it leaves behind must not matter
         refuses=world_size == 2,
         breaks_reductions=world_size == 2,
     )

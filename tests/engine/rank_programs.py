@@ -39,18 +39,7 @@ from tests.engine.cases import (
 )
 from tests.engine.checkpoints import NUM_RECORDS
 from tests.engine.ranks import Place, join_worker
-
-
-class OwnWorker:
-    """A worker group of which every rank is its own driver: the scalars are the same everywhere."""
-
-    world_size = 1
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    def call_all(self, method: str, *arguments: Any) -> list[Any]:
-        return [getattr(self._worker, method)(*arguments)]
+from tests.engine.solver_programs import OwnWorker, first_order, frozen_export, half_precision_steps
 
 
 def run_plan(place: Place, plan: Plan) -> None:
@@ -75,6 +64,9 @@ def _sections(worker: Worker, plan: Plan, folder: Path) -> Iterator[tuple[str, A
         yield f"round {stage}", whole_round(worker, plan, stage)
         yield f"modes {stage}", chosen_modes(worker, plan, stage)
         yield f"bf16 {stage}", half_precision(worker, plan, stage)
+        yield f"bf16 steps {stage}", half_precision_steps(worker, plan, stage)
+        yield f"first order {stage}", first_order(worker, plan, stage)
+        yield f"frozen export {stage}", frozen_export(worker, plan, stage, folder)
     for stage in plan.export_stages:
         yield f"export {stage}", exports(worker, plan, stage, folder)
     for name, dtype, check in plan.checks:
@@ -212,8 +204,6 @@ def whole_round(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
     found["loss after undo"] = worker.oracle_call("try_krylov", (0.0,)).loss
     worker.oracle_call("accept")
     found["start"] = worker.oracle_call("begin_step", 0)
-    worker.oracle_call("first_order_step", 1, 1e-2)
-    found["moved by first order"] = worker.round_update_norm()
     worker.oracle_call("begin_step", 2)
     worker.oracle_call("begin_descent", 1e-1)
     found["descent"] = [worker.oracle_call("descend", 1.0, 1e-2) for _ in range(3)]
@@ -298,9 +288,10 @@ def _error_of(call: Any, *arguments: Any) -> tuple[str, str]:
 def refusals(worker: Worker, plan: Plan) -> dict[str, Any]:
     """What must not open, and that the worker can go on afterwards."""
     found: dict[str, Any] = {}
-    for name in ("nan", "pickled", "blockless", "absent"):
+    for name in ("nan", "pickled", "blockless", "absent", "lacking", "cut off"):
         found[name] = _error_of(open_plain, worker, plan, name, 3)
-    found["nan unsharded"] = _error_of(open_plain, worker, plan, "nan", 0)
+        if name != "blockless":
+            found[f"{name} unsharded"] = _error_of(open_plain, worker, plan, name, 0)
     config = ModelConfig(path=str(plan.folder / "odd_llama"), trainable=("*nowhere*",))
     found["pattern"] = _error_of(worker.open_model, config, "float32", 3)
     open_plain(worker, plan, "blockless", 2)

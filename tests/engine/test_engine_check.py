@@ -41,10 +41,17 @@ def test_precision_is_what_the_dtype_says(results):
 
 
 REFUSED = [
-    ("nan", "NumericalError", "NaN"),
-    ("nan unsharded", "NumericalError", "NaN"),
-    ("pickled", "ModelError", "safetensors"),
-    ("absent", "ModelError", "cannot be loaded"),
+    *(
+        (f"{name}{suffix}", kind, message)
+        for name, kind, message in (
+            ("nan", "NumericalError", "NaN"),
+            ("pickled", "ModelError", "safetensors"),
+            ("absent", "ModelError", "cannot be loaded"),
+            ("lacking", "ModelError", "lack 2 weights (model.layers.0.mlp.up_proj.weight, model.norm.weight"),
+            ("cut off", "ModelError", "cannot be loaded"),
+        )
+        for suffix in ("", " unsharded")
+    ),
     ("blockless", "ModelError", "cannot be cut into segments"),
     ("pattern", "ModelError", "matches none of 20"),
 ]

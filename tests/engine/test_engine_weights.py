@@ -54,7 +54,6 @@ def test_undo_and_restore_are_bit_for_bit(world_size, stage, results, checkpoint
         assert equal and same(seen, before)
         assert rank["loss after undo"] == rank["start"].loss
         assert rank["tried"][0].loss < rank["start"].loss  # so that there was something to undo
-        assert rank["moved by first order"] > 1e-3
         assert rank["restored"] == (True, 0.0)
 
 

@@ -1,0 +1,67 @@
+"""What the ranks compute of first-order steps, and of steps and files with bfloat16 compute."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from distributed_unlearn.config import ModelConfig, SaveConfig
+from distributed_unlearn.engine.worker import Worker
+from distributed_unlearn.rounds.group import RemoteOracle
+from distributed_unlearn.solvers.scurenewton import SCureNewton
+from tests.engine.cases import DECAY, RATES, SETTINGS, Plan, Problem, round_spec
+
+TINY_STEPS = dataclasses.replace(SETTINGS, max_krylov_steps=2, cubic_coefficient=1e6)
+
+
+class OwnWorker:
+    """A worker group of which every rank is its own driver: the scalars are the same everywhere."""
+
+    world_size = 1
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def call_all(self, method: str, *arguments: Any) -> list[Any]:
+        return [getattr(self._worker, method)(*arguments)]
+
+
+def first_order(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
+    """A few steps of each first-order method, the rate another one each time."""
+    found: dict[str, Any] = {}
+    for method, rates in RATES.items():
+        worker.open_model(ModelConfig(path=str(plan.folder / "llama")), "float32", stage)
+        spec = round_spec(Problem("llama"))
+        solver = spec.solver.model_copy(update={"method": method, "weight_decay": DECAY})
+        worker.begin_round(dataclasses.replace(spec, solver=solver))
+        starts = [worker.oracle_call("first_order_step", step, rate) for step, rate in enumerate(rates)]
+        weights = worker.opened.weights.master.clone()
+        found[method] = {"starts": starts, "weights": weights, "layout": worker.opened.layout}
+    return found
+
+
+def half_precision_steps(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
+    """Adaptive steps far below bfloat16's resolution, computed in bfloat16."""
+    worker.open_model(ModelConfig(path=str(plan.folder / "odd_llama_bf16")), "bfloat16", stage)
+    worker.begin_round(round_spec(Problem("odd_llama_bf16")))
+    solver = SCureNewton(RemoteOracle(OwnWorker(worker)), TINY_STEPS)  # type: ignore[arg-type]
+    return {"records": [solver.step(index) for index in range(3)], "layout": worker.opened.layout}
+
+
+def frozen_export(worker: Worker, plan: Plan, stage: int, folder: Path) -> dict[str, Any]:
+    """A float32 checkpoint of which a part is trainable, opened in bfloat16, updated and written."""
+    base = ModelConfig(path=str(plan.folder / "odd_llama"), trainable=("*.mlp.*",))
+    worker.open_model(base, "bfloat16", stage)
+    weights, space = worker.opened.weights, worker.opened.space
+    weights.set_master(weights.master + 1e-2 * space.random_normal(weights.master, 2))
+    target = folder / f"frozen {stage}"
+    target.mkdir(exist_ok=True)
+    worker.communicator.barrier()
+    surviving = worker.export(str(target), base, SaveConfig(dtype="float32"))
+    return {
+        "folder": target,
+        "master": weights.master.clone(),
+        "layout": worker.opened.layout,
+        "surviving": surviving,
+        "exact": worker.opened.exact_store.weights(1),
+        "compute": worker.opened.store.weights(1),
+    }
