@@ -176,10 +176,13 @@ class ClusterConfig(StrictModel):
     num_workers: int = Field(default=2, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 3
     address: str | None = None
-    """Ray address. null: the cluster of the surrounding Ray job, else a new local Ray bound to 127.0.0.1."""
-    use_gpu: Literal["auto", "never"] = "auto"
+    """`host:port` of a cluster's head, or `auto` for one on this machine. null or empty: RAY_ADDRESS (which a Ray job
+    sets), else a new local Ray bound to 127.0.0.1."""
+    use_gpu: Literal["auto", "always", "never"] = "auto"
+    """A GPU for every worker; auto: if the cluster has any at the start. `always` waits for GPU nodes to join."""
     cpus_per_worker: int = Field(default=1, ge=1)
     placement_timeout_seconds: float = Field(default=600.0, gt=0.0)
+    """How long a given cluster may take to have room (nodes may still join); a local Ray refuses at once."""
     collective_timeout_seconds: float = Field(default=1800.0, gt=0.0)
     """A collective that waits longer than this has lost a peer; ranks may load and write at different speeds."""
     call_timeout_seconds: float = Field(default=3600.0, gt=0.0)

@@ -7,13 +7,25 @@ import torch
 from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.engine.communicator import RankSpec
 from distributed_unlearn.engine.worker import Worker
+from distributed_unlearn.errors import ResourceError
 
 
 class InProcessGroup:
     """One worker, the same program as under Ray, on a process group of one."""
 
     def __init__(self, config: ClusterConfig) -> None:
-        use_gpu = config.use_gpu == "auto" and torch.cuda.is_available()
+        """Connect the worker to itself.
+
+        Raises:
+            ResourceError: a GPU is demanded and there is none.
+        """
+        if config.use_gpu == "always" and not torch.cuda.is_available():
+            raise ResourceError(
+                "cluster.use_gpu 'always' where torch finds no GPU",
+                "a GPU and a CUDA build of torch",
+                "set cluster.use_gpu to auto or never",
+            )
+        use_gpu = config.use_gpu != "never" and torch.cuda.is_available()
         self._worker = Worker(num_threads=config.cpus_per_worker)
         host, timeout = "127.0.0.1", config.collective_timeout_seconds
         port = self._worker.open_rendezvous(host, timeout)

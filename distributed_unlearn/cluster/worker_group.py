@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 def _needs(config: ClusterConfig) -> dict[str, float]:
     bundle: dict[str, float] = {"CPU": float(config.cpus_per_worker)}
-    if config.use_gpu == "auto" and ray.cluster_resources().get("GPU", 0) > 0:
+    if config.use_gpu == "always" or (config.use_gpu == "auto" and ray.cluster_resources().get("GPU", 0) > 0):
         bundle["GPU"] = 1.0
     return bundle
 

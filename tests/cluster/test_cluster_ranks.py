@@ -6,6 +6,7 @@ import pytest
 
 import distributed_unlearn.cluster.worker_group as worker_group
 from distributed_unlearn.cluster.actor import Placement
+from distributed_unlearn.cluster.in_process import InProcessGroup
 from distributed_unlearn.cluster.worker_group import RayWorkerGroup, assign_ranks, check_capacity
 from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.engine.communicator import RankSpec
@@ -60,6 +61,14 @@ def test_too_few_gpus(monkeypatch):
     check_capacity(ClusterConfig(num_workers=3, use_gpu="never"))
     _cluster(monkeypatch, CPU=64.0)
     check_capacity(ClusterConfig(num_workers=3))  # no GPU anywhere: on CPUs
+    with pytest.raises(ResourceError, match="3 workers of 1 GPU on a cluster with 0 GPU"):
+        check_capacity(ClusterConfig(num_workers=3, use_gpu="always"))
+
+
+def test_a_gpu_that_is_demanded_is_not_replaced_by_this_process(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ResourceError, match="finds no GPU"):
+        InProcessGroup(ClusterConfig(backend="in_process", num_workers=1, use_gpu="always"))
 
 
 def test_a_cluster_without_processors(monkeypatch):
