@@ -227,6 +227,10 @@ class TrainConfig(StrictModel):
     exclude_forget: bool = False
     """Leave out `forget`: trains the retrained reference. The holdout set is always left out."""
 
+    def stage_in(self, cluster: ClusterConfig) -> int:
+        """The training's own ZeRO stage, else the cluster's."""
+        return cluster.zero_stage if self.zero_stage is None else self.zero_stage
+
 
 class JobConfig(StrictModel):
     """One job file."""

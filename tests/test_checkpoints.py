@@ -86,8 +86,8 @@ def test_a_failed_overwriting_keeps_the_old(tmp_path):
     assert _names(destination) == ["old"] and _names(tmp_path) == ["result"]
 
 
-def test_a_failed_rename_puts_the_old_back(tmp_path, monkeypatch):
-    destination = _existing(tmp_path)
+def _no_space_for_the_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The staging folder cannot be renamed; everything else can."""
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
@@ -96,6 +96,11 @@ def test_a_failed_rename_puts_the_old_back(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+
+
+def test_a_failed_rename_puts_the_old_back(tmp_path, monkeypatch):
+    destination = _existing(tmp_path)
+    _no_space_for_the_new(monkeypatch)
     with pytest.raises(OSError, match="no space"), complete_folder(destination, overwrite=True) as staging:
         (staging / "new").write_text("new")
     assert _names(destination) == ["old"] and _names(tmp_path) == ["result"]
@@ -122,14 +127,7 @@ def test_what_tells_of_the_old_goes_aside_with_it(tmp_path):
 @pytest.mark.parametrize("where", ["in_the_block", "at_the_rename"])
 def test_what_tells_of_the_old_stays_where_the_old_stays(where, tmp_path, monkeypatch):
     destination, papers = _existing(tmp_path), _papers(tmp_path, "old")
-    rename = Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if ".writing-" in self.name:
-            raise OSError("no space")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
+    _no_space_for_the_new(monkeypatch)
     with pytest.raises(OSError, match="no space"), complete_folder(destination, True, papers):
         if where == "in_the_block":
             raise OSError("no space")

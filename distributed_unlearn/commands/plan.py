@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from distributed_unlearn.commands.train import prepare_training, training_records, training_stage
+from distributed_unlearn.commands.train import prepare_training, training_records
 from distributed_unlearn.commands.unlearn import describe_data, prepare_job
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData, load_model_config
@@ -30,11 +30,7 @@ def run_plan(job: JobConfig, console: Console) -> None:
     prepared = prepare_job(job) if job.train is None else prepare_training(job)
     hf_config = load_model_config(job.model)
     size = measure_model(hf_config, job.model.trainable, job.cluster.num_workers, job.cluster.zero_stage)
-    longest = prepared.report.longest
-    if job.train is None:
-        rows = _unlearning_rows(size, hf_config, job, prepared, longest)
-    else:
-        rows = _training_rows(size, hf_config, job, prepared, longest)
+    rows = (_unlearning_rows if job.train is None else _training_rows)(size, hf_config, job, prepared)
     console.print(describe_data(prepared), markup=False, highlight=False)
     if size.fallback_reason is not None:
         console.print(f"warning: the whole model is one segment: {size.fallback_reason}", style="yellow", markup=False)
@@ -64,20 +60,18 @@ def _gib(value: int) -> str:
     return f"{value / 2**30:.3f} GiB"
 
 
-def _unlearning_rows(
-    size: ModelSize, hf_config: Any, job: JobConfig, prepared: PreparedData, longest: int
-) -> list[Row]:
+def _unlearning_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: PreparedData) -> list[Row]:
     dtype: torch.dtype = getattr(torch, job.model.dtype)
     stage, micro = job.cluster.zero_stage, job.curvature.micro_batch_size
-    memory = estimate_memory(size, hf_config, dtype, stage, _num_vectors(job), micro, longest)
+    memory = estimate_memory(size, hf_config, dtype, stage, _num_vectors(job), micro, prepared.report.longest)
     return [*_memory_rows(memory), *_round_rows(size, job, prepared)]
 
 
-def _training_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: PreparedData, longest: int) -> list[Row]:
+def _training_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: PreparedData) -> list[Row]:
     assert job.train is not None
     dtype: torch.dtype = getattr(torch, job.model.dtype)
-    stage, micro = training_stage(job), job.curvature.micro_batch_size
-    memory = estimate_training_memory(size, hf_config, dtype, stage, micro, longest)
+    stage, micro = job.train.stage_in(job.cluster), job.curvature.micro_batch_size
+    memory = estimate_training_memory(size, hf_config, dtype, stage, micro, prepared.report.longest)
     num_records = len(training_records(job, prepared))
     plan = plan_training(job.train, num_records, job.cluster.num_workers, micro)
     accumulation = f"{plan.batch_size} records each, {plan.accumulation_steps} micro-batches of {micro} a rank"

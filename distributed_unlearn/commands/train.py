@@ -46,12 +46,6 @@ def training_records(job: JobConfig, prepared: PreparedData) -> np.ndarray:
     return partition.retain(len(partition.forget_rounds) - 1) if job.train.exclude_forget else partition.training
 
 
-def training_stage(job: JobConfig) -> int:
-    """ZeRO stage of the training: its own, else the cluster's."""
-    assert job.train is not None
-    return job.cluster.zero_stage if job.train.zero_stage is None else job.train.zero_stage
-
-
 def run_training_job(job: JobConfig, console: Console) -> None:
     """Train, score and write the checkpoint.
 
@@ -100,7 +94,7 @@ def _train(
         model=model_to_open(job.model, prepared.commit),
         train=job.train,
         indices=indices,
-        zero_stage=training_stage(job),
+        zero_stage=job.train.stage_in(job.cluster),
         micro_batch_size=job.curvature.micro_batch_size,
         seed=job.solver.seed,
         destination=folder / "checkpoint",

@@ -177,7 +177,7 @@ def _train(demo: _Demo, name: str, indices: np.ndarray) -> tuple[dict[str, SetSc
         model=demo.model("initial"),
         train=settings.train,
         indices=indices,
-        zero_stage=demo.cluster.zero_stage if settings.train.zero_stage is None else settings.train.zero_stage,
+        zero_stage=settings.train.stage_in(demo.cluster),
         micro_batch_size=settings.curvature.micro_batch_size,
         seed=settings.seed,
         destination=(demo.folder / name).resolve(),
