@@ -9,22 +9,19 @@ from rich.console import Console
 from distributed_unlearn.checkpoints import refuse_existing, require_safetensors, write_json
 from distributed_unlearn.commands.job_record import (
     Origin,
-    find_origin,
     finite,
     model_to_open,
     redacted_config,
     result_papers,
 )
-from distributed_unlearn.commands.output import claimed, confirm_shared, output_folder
+from distributed_unlearn.commands.output import claimed, output_folder
+from distributed_unlearn.commands.started import Run, started
 from distributed_unlearn.commands.unlearn import describe_data
-from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.records import SetScores
 from distributed_unlearn.report.progress import TrainingProgress
-from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.rounds.evaluate import evaluate_sets
-from distributed_unlearn.rounds.group import WorkerGroup
 from distributed_unlearn.rounds.training import TrainingTask, run_training, write_trained
 
 
@@ -56,11 +53,8 @@ def run_training_job(job: JobConfig, console: Console) -> None:
     with claimed(folder):
         prepared = prepare_training(job)
         console.print(describe_data(prepared), markup=False, highlight=False)
-        origin = find_origin(job.model, prepared.commit)
-        with open_group(job.cluster) as group:
-            confirm_shared(group, folder)
-            with RunLog(folder) as log:
-                scores = _train(group, job, prepared, origin, folder, console, log)
+        with started(job, prepared, folder, console) as run:
+            scores = _train(run)
     for name, value in scores.items():
         console.print(
             f"{name}: loss {value.loss_nats_per_token:.4f} nats per token, exact memorisation "
@@ -71,24 +65,16 @@ def run_training_job(job: JobConfig, console: Console) -> None:
     console.print(f"checkpoint: {folder / 'checkpoint'}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _train(
-    group: WorkerGroup,
-    job: JobConfig,
-    prepared: PreparedData,
-    origin: Origin,
-    folder: Path,
-    console: Console,
-    log: RunLog,
-) -> dict[str, SetScores]:
+def _train(run: Run) -> dict[str, SetScores]:
     """Train, write checkpoint and record, score; the record is written anew with the scores once there are some."""
+    job, prepared, group, folder = run.job, run.prepared, run.group, run.folder
     assert job.train is not None
     indices = training_records(job, prepared)
-    progress = TrainingProgress(console, "training")
-    group.call_all("set_corpus", group.share(prepared.corpus))
+    progress = TrainingProgress(run.console, "training")
 
     def on_step(step: int, loss: float) -> None:
         progress.update(step, loss)
-        log.log("train", step, {"loss_nats_per_token": loss})
+        run.log.log("train", step, {"loss_nats_per_token": loss})
 
     task = TrainingTask(
         model=model_to_open(job.model, prepared.commit),
@@ -108,10 +94,10 @@ def _train(
     finally:
         progress.stop()
     files = write_trained(group, task, result_papers(folder))
-    _write_record(folder, job, origin, files, len(indices), losses, None)
+    _write_record(folder, job, run.origin, files, len(indices), losses, None)
     sets = {"trained on": indices, "holdout": prepared.partition.holdout, **_forget_sets(prepared)}
     scores, _ = evaluate_sets(group, sets, 2 * job.curvature.micro_batch_size)
-    _write_record(folder, job, origin, files, len(indices), losses, scores)
+    _write_record(folder, job, run.origin, files, len(indices), losses, scores)
     return scores
 
 

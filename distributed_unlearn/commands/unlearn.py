@@ -18,26 +18,22 @@ from distributed_unlearn.checkpoints import (
 )
 from distributed_unlearn.commands.job_record import (
     SURVIVAL_WARNING_LEVEL,
-    Origin,
     card_lines,
-    find_origin,
     model_to_open,
     result_papers,
     write_pictures,
     write_result_record,
 )
-from distributed_unlearn.commands.output import claimed, confirm_shared, output_folder
-from distributed_unlearn.commands.workers import open_group
+from distributed_unlearn.commands.output import claimed, output_folder
+from distributed_unlearn.commands.started import Run, started
 from distributed_unlearn.config import JobConfig, ModelConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.evaluation.metrics import tug_of_war
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
 from distributed_unlearn.report.progress import RoundProgress, stage
-from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.report.tables import MethodRow, comparison_table
 from distributed_unlearn.rounds.evaluate import evaluate_sets
-from distributed_unlearn.rounds.group import WorkerGroup
 from distributed_unlearn.rounds.round import RoundTask, run_round
 
 _DAMAGE_NATS = 0.5
@@ -93,11 +89,8 @@ def run_unlearning(job: JobConfig, console: Console) -> None:
         prepared = prepare_job(job)
         console.print(describe_data(prepared), markup=False, highlight=False)
         _warn_of_samples(job, prepared, console)
-        origin = find_origin(job.model, prepared.commit)
-        with open_group(job.cluster) as group:
-            confirm_shared(group, folder)
-            with RunLog(folder) as log:
-                found = _unlearn(group, job, prepared, origin, folder, console, log)
+        with started(job, prepared, folder, console) as run:
+            found = _unlearn(run)
         _warn_of_rounding(found.survival, console)
         _warn_of_damage(found.rounds[-1], console)
         rows = _rows(found.rounds, found.reference)
@@ -106,34 +99,26 @@ def run_unlearning(job: JobConfig, console: Console) -> None:
     _print_end(console, folder, found.rounds, found.survival, found.mode)
 
 
-def _unlearn(
-    group: WorkerGroup,
-    job: JobConfig,
-    prepared: PreparedData,
-    origin: Origin,
-    folder: Path,
-    console: Console,
-    log: RunLog,
-) -> _Outcome:
+def _unlearn(run: Run) -> _Outcome:
     """All rounds, the checkpoint and its record, while the workers live: ending them can fail."""
-    group.call_all("set_corpus", group.share(prepared.corpus))
-    reference = _score_reference(group, job, prepared, console)
+    job, prepared, group, console = run.job, run.prepared, run.group, run.console
+    reference = _score_reference(run)
     model = model_to_open(job.model, prepared.commit)
     with stage(console, f"loading {job.model.path} at ZeRO stage {job.cluster.zero_stage}"):
         facts = group.call_all("open_model", model, job.model.dtype, job.cluster.zero_stage)[0]
     if facts.segment_fallback is not None:
         reason = facts.segment_fallback
         console.print(f"warning: the whole model is one segment: {reason}", style="yellow", markup=False)
-    log.log("model", 0, asdict(facts))
-    rounds = _run_rounds(group, job, prepared, reference, console, log)
+    run.log.log("model", 0, asdict(facts))
+    rounds = _run_rounds(run, reference)
     mode = group.call_all("curvature_mode")[0]
     reference_json = None if reference is None else {name: asdict(scores) for name, scores in reference.items()}
     with stage(console, "writing and reading back the checkpoint"):
-        survival, files = _write_checkpoint(group, job, model, rounds, folder)
+        survival, files = _write_checkpoint(run, model, rounds)
         write_result_record(
-            folder,
+            run.folder,
             job,
-            origin,
+            run.origin,
             prepared.corpus,
             prepared.partition,
             rounds,
@@ -142,7 +127,7 @@ def _unlearn(
             mode,
             reference_json,
         )
-    log.log("surviving_update", 0, asdict(survival))
+    run.log.log("surviving_update", 0, asdict(survival))
     return _Outcome(rounds, reference, survival, mode)
 
 
@@ -171,27 +156,20 @@ def _sets(prepared: PreparedData, round_index: int) -> dict[str, np.ndarray]:
     }
 
 
-def _score_reference(
-    group: WorkerGroup, job: JobConfig, prepared: PreparedData, console: Console
-) -> dict[str, SetScores] | None:
+def _score_reference(run: Run) -> dict[str, SetScores] | None:
     """The retrained model's scores on the sets of the last round, if the job names one."""
+    job, prepared, group = run.job, run.prepared, run.group
     if job.retrained is None:
         return None
-    with stage(console, f"scoring the retrained reference {job.retrained}"):
+    with stage(run.console, f"scoring the retrained reference {job.retrained}"):
         model = job.model.model_copy(update={"path": expand_home(job.retrained), "revision": None})
         group.call_all("open_model", model, job.model.dtype, job.cluster.zero_stage)
         last = len(prepared.partition.forget_rounds) - 1
         return evaluate_sets(group, _sets(prepared, last), 2 * job.curvature.micro_batch_size)[0]
 
 
-def _run_rounds(
-    group: WorkerGroup,
-    job: JobConfig,
-    prepared: PreparedData,
-    reference: dict[str, SetScores] | None,
-    console: Console,
-    log: RunLog,
-) -> list[RoundRecord]:
+def _run_rounds(run: Run, reference: dict[str, SetScores] | None) -> list[RoundRecord]:
+    job, prepared, console = run.job, run.prepared, run.console
     rounds: list[RoundRecord] = []
     num_rounds = len(prepared.partition.forget_rounds)
     for index in range(num_rounds):
@@ -202,10 +180,10 @@ def _run_rounds(
                 record: StepRecord, extra: dict[str, float], progress: RoundProgress = progress, index: int = index
             ) -> None:
                 progress.update(record, extra)
-                log.log(f"round_{index}/step", record.step, {**asdict(record), **extra})
+                run.log.log(f"round_{index}/step", record.step, {**asdict(record), **extra})
 
             record = run_round(
-                group,
+                run.group,
                 RoundTask(
                     round_index=index,
                     forget=sets["forget"],
@@ -222,18 +200,17 @@ def _run_rounds(
         if reference is not None and index == num_rounds - 1 and not _samples(job, prepared):
             keys = tuple(name for name in ("forget", "retain", "holdout") if name in reference)
             record = replace(record, tug_of_war=tug_of_war(record.after, reference, keys))
-        log.log("round", index, {k: v for k, v in asdict(record).items() if k != "steps"})
+        run.log.log("round", index, {k: v for k, v in asdict(record).items() if k != "steps"})
         console.print(f"round {index + 1}: {record.stop_reason}", markup=False, highlight=False)
         rounds.append(record)
     return rounds
 
 
-def _write_checkpoint(
-    group: WorkerGroup, job: JobConfig, model: ModelConfig, rounds: Sequence[RoundRecord], folder: Path
-) -> tuple[Any, dict[str, str]]:
+def _write_checkpoint(run: Run, model: ModelConfig, rounds: Sequence[RoundRecord]) -> tuple[Any, dict[str, str]]:
     """Write the checkpoint; returns what survives in it and the hashes of its files."""
+    job, folder = run.job, run.folder
     with complete_folder(folder / "checkpoint", job.overwrite, result_papers(folder)) as staging:
-        survival = group.call_all("export", str(staging.resolve()), model, job.save)[0]
+        survival = run.group.call_all("export", str(staging.resolve()), model, job.save)[0]
         (staging / "README.md").write_text(model_card(job.model.path, card_lines(rounds, survival)), encoding="utf-8")
         return survival, hash_folder(staging)  # hashed before it is in place: its record follows at once
 

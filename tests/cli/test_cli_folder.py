@@ -27,7 +27,7 @@ def no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("a worker was started")
 
-    for module in ("commands.unlearn", "commands.train", "demo.run"):
+    for module in ("commands.started", "demo.run"):
         monkeypatch.setattr(f"distributed_unlearn.{module}.open_group", refuse)
 
 

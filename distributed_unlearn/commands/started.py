@@ -1,0 +1,46 @@
+"""A run that has started: what a command that changes weights works with, from its job to its workers and log."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from distributed_unlearn.commands.job_record import Origin, find_origin
+from distributed_unlearn.commands.output import confirm_shared
+from distributed_unlearn.commands.workers import open_group
+from distributed_unlearn.config import JobConfig
+from distributed_unlearn.data.prepare import PreparedData
+from distributed_unlearn.report.run_log import RunLog
+from distributed_unlearn.rounds.group import WorkerGroup
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A job with its workers, which have its corpus."""
+
+    job: JobConfig
+    prepared: PreparedData
+    origin: Origin
+    folder: Path
+    console: Console
+    group: WorkerGroup
+    log: RunLog
+
+
+@contextmanager
+def started(job: JobConfig, prepared: PreparedData, folder: Path, console: Console) -> Iterator[Run]:
+    """Workers that see the output folder and hold the corpus, and a log, for the length of the block.
+
+    `folder` is `claimed`. What a result is made from is taken before the workers are started.
+
+    Raises:
+        ConfigError, ResourceError: no such workers can be had, or they do not see the folder.
+    """
+    origin = find_origin(job.model, prepared.commit)
+    with open_group(job.cluster) as group:
+        confirm_shared(group, folder)
+        with RunLog(folder) as log:
+            group.call_all("set_corpus", group.share(prepared.corpus))
+            yield Run(job, prepared, origin, folder, console, group, log)
