@@ -19,13 +19,13 @@ import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-from distributed_unlearn.checkpoints import package_versions  # noqa: E402
 from distributed_unlearn.config import ModelConfig  # noqa: E402
 from distributed_unlearn.curvature.linearisation import Linearisation  # noqa: E402
 from distributed_unlearn.engine.communicator import RankSpec, connect, open_store  # noqa: E402
-from distributed_unlearn.engine.opened_model import OpenedModel, open_model  # noqa: E402
+from distributed_unlearn.engine.model import OpenedModel, open_model  # noqa: E402
+from distributed_unlearn.engine.partitions import prepare_deepspeed  # noqa: E402
 from distributed_unlearn.engine.worker import quiet_libraries  # noqa: E402
-from distributed_unlearn.engine.zero import prepare_deepspeed  # noqa: E402
+from distributed_unlearn.provenance import package_versions  # noqa: E402
 
 
 def methods(opened: OpenedModel, ids: torch.Tensor) -> dict[str, Callable[[], object]]:

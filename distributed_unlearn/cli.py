@@ -104,7 +104,7 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> None:
         run_demo(settings, cluster, arguments.output, arguments.overwrite, console)
     else:
         from distributed_unlearn.commands.check import run_curvature_check
-        from distributed_unlearn.engine.specs import CurvatureCheck
+        from distributed_unlearn.workers.messages import CurvatureCheck
 
         check = CurvatureCheck(
             batch_size=arguments.batch_size,

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distributed_unlearn.checkpoints import complete_folder, refuse_existing
 from distributed_unlearn.errors import ConfigError
+from distributed_unlearn.files import complete_folder, refuse_existing
 
 
 def main() -> None:

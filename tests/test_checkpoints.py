@@ -13,20 +13,11 @@ from pathlib import Path
 import pytest
 
 from distributed_unlearn import __version__
-from distributed_unlearn.checkpoints import (
-    complete_folder,
-    hash_folder,
-    hash_ids,
-    model_card,
-    new_salt,
-    package_versions,
-    refuse_existing,
-    require_safetensors,
-    set_aside,
-    write_json,
-    write_private,
-)
 from distributed_unlearn.errors import ConfigError, ModelError
+from distributed_unlearn.files import complete_folder, refuse_existing, set_aside, write_json, write_private
+from distributed_unlearn.models.checkpoint import require_safetensors
+from distributed_unlearn.provenance import hash_folder, hash_ids, new_salt, package_versions
+from distributed_unlearn.report.card import model_card
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,7 +133,7 @@ def test_an_old_folder_that_resists_is_no_failure(tmp_path, monkeypatch, caplog)
 
     with complete_folder(destination, overwrite=True) as staging:
         (staging / "new").write_text("new")
-        monkeypatch.setattr("distributed_unlearn.checkpoints.shutil.rmtree", resist)
+        monkeypatch.setattr("distributed_unlearn.files.shutil.rmtree", resist)
     assert _names(destination) == ["new"]
     assert ".result.replaced-" in caplog.text and "Directory not empty" in caplog.text
 
@@ -248,7 +239,7 @@ def test_package_versions_where_nothing_is_installed(monkeypatch):
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("distributed_unlearn.checkpoints.version", missing)
+    monkeypatch.setattr("distributed_unlearn.provenance.version", missing)
     versions = package_versions()
     assert versions["distributed-unlearn"] == __version__ and versions["torch"] is None
 

@@ -6,12 +6,13 @@ from typing import Literal
 
 from rich.console import Console
 
-from distributed_unlearn.checkpoints import expand_home, require_safetensors
 from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import ClusterConfig, ModelConfig
-from distributed_unlearn.engine.specs import CurvatureCheck
 from distributed_unlearn.errors import CheckFailedError
+from distributed_unlearn.files import expand_home
+from distributed_unlearn.models.checkpoint import require_safetensors
 from distributed_unlearn.report.tables import number, plan_table
+from distributed_unlearn.workers.messages import CurvatureCheck
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 

@@ -7,18 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from distributed_unlearn.checkpoints import (
-    expand_home,
-    hash_folder,
-    hash_ids,
-    new_salt,
-    package_versions,
-    write_json,
-    write_private,
-)
 from distributed_unlearn.config import JobConfig, ModelConfig
 from distributed_unlearn.data.encoding import EncodedCorpus
 from distributed_unlearn.data.selection import Partition
+from distributed_unlearn.files import expand_home, write_json, write_private
+from distributed_unlearn.provenance import hash_folder, hash_ids, new_salt, package_versions
 from distributed_unlearn.records import RoundRecord
 from distributed_unlearn.report.figures import steps_figure
 from distributed_unlearn.report.page import write_page

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distributed_unlearn.checkpoints import expand_home
 from distributed_unlearn.errors import ConfigError
-from distributed_unlearn.rounds.group import WorkerGroup
+from distributed_unlearn.files import expand_home
+from distributed_unlearn.workers.group import WorkerGroup
 
 LOCK_NAME = ".running"
 """The file that a run holds locked in its output folder; it names the process."""

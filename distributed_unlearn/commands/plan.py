@@ -8,7 +8,7 @@ from rich.console import Console
 from distributed_unlearn.commands.train import prepare_training, training_records
 from distributed_unlearn.commands.unlearn import describe_data, prepare_job
 from distributed_unlearn.config import JobConfig
-from distributed_unlearn.data.prepare import PreparedData, load_model_config
+from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.data.sampling import num_micro_batches
 from distributed_unlearn.engine.estimate import (
     MemoryEstimate,
@@ -20,6 +20,7 @@ from distributed_unlearn.engine.estimate import (
     measure_model,
 )
 from distributed_unlearn.engine.training import plan_training
+from distributed_unlearn.models.checkpoint import load_model_config
 from distributed_unlearn.report.tables import plan_table
 
 Row = tuple[str, str, str]

@@ -13,7 +13,7 @@ from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.report.run_log import RunLog
-from distributed_unlearn.rounds.group import WorkerGroup
+from distributed_unlearn.workers.group import WorkerGroup
 
 
 @dataclass(frozen=True, eq=False)

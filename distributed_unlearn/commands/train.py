@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from distributed_unlearn.checkpoints import refuse_existing, require_safetensors, write_json
 from distributed_unlearn.commands.job_record import (
     Origin,
     finite,
@@ -19,6 +18,8 @@ from distributed_unlearn.commands.started import Run, started
 from distributed_unlearn.commands.unlearn import describe_data
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
+from distributed_unlearn.files import refuse_existing, write_json
+from distributed_unlearn.models.checkpoint import require_safetensors
 from distributed_unlearn.records import SetScores
 from distributed_unlearn.report.progress import TrainingProgress
 from distributed_unlearn.rounds.evaluate import evaluate_sets

@@ -8,14 +8,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from distributed_unlearn.checkpoints import (
-    complete_folder,
-    expand_home,
-    hash_folder,
-    model_card,
-    refuse_existing,
-    require_safetensors,
-)
 from distributed_unlearn.commands.job_record import (
     SURVIVAL_WARNING_LEVEL,
     card_lines,
@@ -30,7 +22,11 @@ from distributed_unlearn.config import JobConfig, ModelConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.evaluation.metrics import tug_of_war
+from distributed_unlearn.files import complete_folder, expand_home, refuse_existing
+from distributed_unlearn.models.checkpoint import require_safetensors
+from distributed_unlearn.provenance import hash_folder
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
+from distributed_unlearn.report.card import model_card
 from distributed_unlearn.report.progress import RoundProgress, stage
 from distributed_unlearn.report.tables import MethodRow, comparison_table
 from distributed_unlearn.rounds.evaluate import evaluate_sets

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from distributed_unlearn.config import ClusterConfig
-from distributed_unlearn.rounds.group import WorkerGroup
+from distributed_unlearn.workers.group import WorkerGroup
 
 
 @contextmanager

@@ -1,21 +1,16 @@
 """From a job's model and data sections to an encoded corpus and its partition, without touching the weights."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
-
-from distributed_unlearn.checkpoints import expand_home
 from distributed_unlearn.config import DataConfig, ModelConfig, SelectionConfig
 from distributed_unlearn.data.corpus import TextRecord, load_records
 from distributed_unlearn.data.encoding import EncodedCorpus, EncodingReport, encode_records, join
-from distributed_unlearn.data.model_errors import unreadable
 from distributed_unlearn.data.selection import Partition, partition_records, read_ids
-from distributed_unlearn.errors import ConfigError, DataError, ModelError
+from distributed_unlearn.errors import DataError, ModelError
+from distributed_unlearn.models.checkpoint import find_commit, load_model_config
+from distributed_unlearn.models.processor import context_length, load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,90 +23,6 @@ class PreparedData:
     """Of the training records and a separate holdout file together."""
     commit: str | None = None
     """What the model's hub name and revision stood for when the data was prepared; None for a folder."""
-
-
-def find_commit(config: ModelConfig) -> str | None:
-    """The commit that a hub name and revision stand for now; None for a folder.
-
-    It is the name of the snapshot folder that the Hub's files are kept in; not every transformers puts it into the
-    configuration.
-
-    Raises:
-        ModelError: the model cannot be had, with the cause.
-    """
-    path = expand_home(config.path)
-    if Path(path).is_dir():
-        return None
-    try:
-        found = cached_file(path, "config.json", revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise unreadable(config, "config.json", error) from error
-    name = Path(str(found)).parent.name
-    return name if re.fullmatch("[0-9a-f]{40}", name) else None
-
-
-def load_model_config(config: ModelConfig) -> Any:
-    """The checkpoint's Hugging Face configuration.
-
-    Raises:
-        ModelError: it cannot be had, with the cause.
-    """
-    path = expand_home(config.path)
-    try:
-        return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise unreadable(config, "config.json", error) from error
-
-
-def load_tokenizer(config: ModelConfig, pad_token: str | None = None) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; it must be a fast one, whose offsets tell prompt from answer.
-
-    Args:
-        config: The checkpoint.
-        pad_token: Pads instead of the tokenizer's own pad token; a token of its vocabulary.
-
-    Raises:
-        ModelError: missing, not fast, or without a pad token.
-        ConfigError: a `pad_token` that the vocabulary does not hold.
-    """
-    path = expand_home(config.path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise unreadable(config, "tokenizer", error) from error
-    if not tokenizer.is_fast:
-        raise ModelError("a slow tokenizer", "a fast one (tokenizer.json)", "convert it with transformers")
-    if pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            raise ConfigError(
-                f"data.pad_token '{pad_token}', which the tokenizer does not know",
-                "a token of its vocabulary",
-                f"name one that it has{_example(tokenizer)}",
-            )
-        tokenizer.pad_token = pad_token
-    if tokenizer.pad_token_id is None:
-        raise ModelError(
-            f"the tokenizer of '{config.path}', which has no pad token",
-            "a pad token (it may be the end-of-sequence token)",
-            f"set data.pad_token{_example(tokenizer)}, or pad_token in the checkpoint's tokenizer_config.json",
-        )
-    return tokenizer
-
-
-def _example(tokenizer: PreTrainedTokenizerBase) -> str:
-    return "" if tokenizer.eos_token is None else f", e.g. to '{tokenizer.eos_token}'"
-
-
-def context_length(hf_config: Any, limit: int | None) -> int:
-    """Tokens per record: the model's context, or the user's lower limit.
-
-    Raises:
-        ConfigError: a limit beyond the context.
-    """
-    context = int(getattr(hf_config, "max_position_embeddings", 0) or 0)
-    if limit is not None and context and limit > context:
-        raise ConfigError(f"data.max_length {limit}", f"at most the model's {context}", "lower data.max_length")
-    return limit or context or 1 << 30
 
 
 def prepare_data(

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from distributed_unlearn.checkpoints import complete_folder, package_versions, set_aside, write_json
 from distributed_unlearn.commands.job_record import finite
 from distributed_unlearn.commands.output import claimed, confirm_shared, output_folder
 from distributed_unlearn.commands.workers import open_group
@@ -20,6 +19,8 @@ from distributed_unlearn.demo.settings import Baseline, DemoSettings, baselines
 from distributed_unlearn.demo.tokenizer import train_tokenizer
 from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.evaluation.metrics import tug_of_war
+from distributed_unlearn.files import complete_folder, set_aside, write_json
+from distributed_unlearn.provenance import package_versions
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
 from distributed_unlearn.report.figures import comparison_figure, steps_figure
 from distributed_unlearn.report.page import write_page
@@ -27,9 +28,9 @@ from distributed_unlearn.report.progress import RoundProgress, TrainingProgress
 from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.report.tables import MethodRow, comparison_table
 from distributed_unlearn.rounds.evaluate import evaluate_sets
-from distributed_unlearn.rounds.group import WorkerGroup
 from distributed_unlearn.rounds.round import RoundTask, run_round
 from distributed_unlearn.rounds.training import TrainingTask, run_training, write_trained
+from distributed_unlearn.workers.group import WorkerGroup
 
 _PAPERS = ("report.html", "summary.json")
 """What tells of the demo's checkpoints, the summary last; see `set_aside`."""

@@ -25,9 +25,9 @@ from distributed_unlearn.curvature.reference import (
     gauss_newton_product,
 )
 from distributed_unlearn.data.sampling import cut
-from distributed_unlearn.engine.opened_model import OpenedModel
-from distributed_unlearn.engine.specs import CurvatureCheck, CurvatureReport
+from distributed_unlearn.engine.model import OpenedModel
 from distributed_unlearn.objectives.losses import token_nll
+from distributed_unlearn.workers.messages import CurvatureCheck, CurvatureReport
 
 
 @dataclass(frozen=True)

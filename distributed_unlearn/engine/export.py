@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from distributed_unlearn.curvature.layout import SegmentLayout, Slot, shard_of
-from distributed_unlearn.engine.opened_model import OpenedModel
+from distributed_unlearn.engine.model import OpenedModel
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from torch import Tensor
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.data.encoding import EncodedCorpus
 from distributed_unlearn.data.sampling import draw
-from distributed_unlearn.engine.batches import MicroBatch, Minibatch, local_micro_batches
-from distributed_unlearn.engine.first_order import ShardedOptimizer
-from distributed_unlearn.engine.opened_model import OpenedModel
-from distributed_unlearn.engine.specs import RoundSpec
+from distributed_unlearn.engine.inputs import MicroBatch, Minibatch, local_micro_batches
+from distributed_unlearn.engine.model import OpenedModel
+from distributed_unlearn.engine.optimizer import ShardedOptimizer
 from distributed_unlearn.objectives.objective import build_objective
-from distributed_unlearn.solvers.descent import InnerDescent
-from distributed_unlearn.solvers.lanczos import LanczosBasis
+from distributed_unlearn.solvers.inner.descent import InnerDescent
+from distributed_unlearn.solvers.inner.lanczos import LanczosBasis
 from distributed_unlearn.solvers.protocols import InnerDescentEntry, KrylovEntry, StepStart, Trial
+from distributed_unlearn.workers.messages import RoundSpec
 
 
 class ShardedOracle:

@@ -19,9 +19,9 @@ from distributed_unlearn.config import TrainConfig
 from distributed_unlearn.data.encoding import EncodedCorpus, collate
 from distributed_unlearn.data.sampling import cut, draw, micro_batches, num_micro_batches
 from distributed_unlearn.engine.communicator import Communicator
-from distributed_unlearn.engine.specs import Indices
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.objectives.losses import token_nll
+from distributed_unlearn.workers.messages import Indices
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from distributed_unlearn.data.encoding import EncodedCorpus
 from distributed_unlearn.engine.check import check_curvature
 from distributed_unlearn.engine.communicator import Communicator, RankSpec, connect, open_store
 from distributed_unlearn.engine.create import create_checkpoint
+from distributed_unlearn.engine.evidence import score_records
 from distributed_unlearn.engine.export import (
     SurvivingUpdate,
     measure_surviving_update,
@@ -28,10 +29,11 @@ from distributed_unlearn.engine.export import (
     write_tokenizer,
     write_weights,
 )
-from distributed_unlearn.engine.opened_model import ModelFacts, OpenedModel, adopt_model, open_model
+from distributed_unlearn.engine.model import ModelFacts, OpenedModel, adopt_model, open_model
 from distributed_unlearn.engine.oracle import ShardedOracle
-from distributed_unlearn.engine.scoring import score_records
-from distributed_unlearn.engine.specs import (
+from distributed_unlearn.engine.partitions import load_model, prepare_deepspeed
+from distributed_unlearn.engine.training import Trainer, TrainingPlan
+from distributed_unlearn.workers.messages import (
     CurvatureCheck,
     CurvatureMode,
     CurvatureReport,
@@ -39,8 +41,6 @@ from distributed_unlearn.engine.specs import (
     RecordScores,
     RoundSpec,
 )
-from distributed_unlearn.engine.training import Trainer, TrainingPlan
-from distributed_unlearn.engine.zero import load_model, prepare_deepspeed
 
 
 def quiet_libraries() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from distributed_unlearn.evaluation.metrics import score_set
 from distributed_unlearn.records import SetScores
-from distributed_unlearn.rounds.group import WorkerGroup
+from distributed_unlearn.workers.group import WorkerGroup
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,15 +13,16 @@ import numpy as np
 
 from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig
 from distributed_unlearn.data.sampling import draw
-from distributed_unlearn.engine.specs import RoundSpec
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.objectives.objective import build_objective
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
 from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, score
-from distributed_unlearn.rounds.group import RemoteOracle, WorkerGroup
-from distributed_unlearn.solvers.first_order import FirstOrder
-from distributed_unlearn.solvers.scurenewton import SCureNewton, SCureNewtonSettings
+from distributed_unlearn.solvers.methods.first_order import FirstOrder
+from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.stopping import StoppingRule
+from distributed_unlearn.workers.group import WorkerGroup
+from distributed_unlearn.workers.messages import RoundSpec
+from distributed_unlearn.workers.remote_oracle import RemoteOracle
 
 _NUM_PROBE_RECORDS = 64
 """Retain records whose loss the stopping rule follows; scored only once the forget set matches."""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distributed_unlearn.checkpoints import complete_folder, hash_folder
 from distributed_unlearn.config import ModelConfig, SaveConfig, TrainConfig
-from distributed_unlearn.rounds.group import WorkerGroup
+from distributed_unlearn.files import complete_folder
+from distributed_unlearn.provenance import hash_folder
+from distributed_unlearn.workers.group import WorkerGroup
 
 
 @dataclass(frozen=True, eq=False)

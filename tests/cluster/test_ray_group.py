@@ -32,8 +32,8 @@ from distributed_unlearn.config import (
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ModelError, WorkerError
 from distributed_unlearn.records import RoundRecord
-from distributed_unlearn.rounds.group import WorkerGroup
 from distributed_unlearn.rounds.round import RoundTask, run_round
+from distributed_unlearn.workers.group import WorkerGroup
 
 # The method "thread" would end this very process, and leave Ray's.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800, method="signal")]

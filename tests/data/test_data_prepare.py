@@ -9,8 +9,9 @@ from tiny_job import CONTEXT, TinyJob
 from transformers import AutoConfig, AutoTokenizer
 
 from distributed_unlearn.config import DataConfig, ModelConfig, SelectionConfig
-from distributed_unlearn.data.prepare import PreparedData, find_commit, load_model_config, prepare_data
+from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ConfigError, DataError, ModelError
+from distributed_unlearn.models.checkpoint import find_commit, load_model_config
 
 FORGET = SelectionConfig(subjects=("person-0000",))
 
@@ -123,8 +124,8 @@ def test_a_refusal_of_the_hub_says_what_to_do(kind, message, monkeypatch):
         cause = getattr(huggingface_hub.errors, kind)
         raise OSError("We cannot load it. Pass a token.") from cause.__new__(cause)
 
-    monkeypatch.setattr("distributed_unlearn.data.prepare.cached_file", refuse)
-    monkeypatch.setattr("distributed_unlearn.data.prepare.AutoConfig.from_pretrained", refuse)
+    monkeypatch.setattr("distributed_unlearn.models.checkpoint.cached_file", refuse)
+    monkeypatch.setattr("distributed_unlearn.models.checkpoint.AutoConfig.from_pretrained", refuse)
     model = ModelConfig(path="owner/model", revision="v9")
     for ask in (find_commit, load_model_config):
         with pytest.raises(ModelError, match=message):

@@ -15,13 +15,13 @@ from distributed_unlearn.curvature.precision import LiftFloat32Casts
 from distributed_unlearn.curvature.reference import double_backward, frozen_rows
 from distributed_unlearn.data.encoding import EncodedCorpus, collate
 from distributed_unlearn.data.sampling import draw
-from distributed_unlearn.engine.batches import Minibatch, minibatch_totals
 from distributed_unlearn.engine.check import CurvatureCheck
+from distributed_unlearn.engine.inputs import Minibatch, minibatch_totals
 from distributed_unlearn.engine.oracle import RoundSpec
 from distributed_unlearn.objectives.losses import token_nll
 from distributed_unlearn.objectives.objective import build_objective
 from distributed_unlearn.objectives.terms import SequenceBatch
-from distributed_unlearn.solvers.scurenewton import SCureNewton, SCureNewtonSettings
+from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from tests.dense import FreeEntries
 from tests.engine.checkpoints import FORGET, RETAIN
 from tests.solvers.memory_oracle import MemoryOracle

@@ -16,13 +16,13 @@ import torch
 
 from distributed_unlearn.config import CurvatureConfig, ModelConfig, SaveConfig
 from distributed_unlearn.curvature.linearisation import Linearisation
-from distributed_unlearn.engine.batches import local_micro_batches
 from distributed_unlearn.engine.communicator import Communicator
+from distributed_unlearn.engine.inputs import local_micro_batches
 from distributed_unlearn.engine.worker import Worker
 from distributed_unlearn.errors import UserError
 from distributed_unlearn.objectives.objective import build_objective
-from distributed_unlearn.rounds.group import RemoteOracle
-from distributed_unlearn.solvers.scurenewton import SCureNewton
+from distributed_unlearn.solvers.methods.scurenewton import SCureNewton
+from distributed_unlearn.workers.remote_oracle import RemoteOracle
 from tests.engine.cases import (
     HOLDOUT_LOSS,
     KRYLOV_STEPS,

@@ -6,8 +6,8 @@ from typing import Any
 
 from distributed_unlearn.config import ModelConfig, SaveConfig
 from distributed_unlearn.engine.worker import Worker
-from distributed_unlearn.rounds.group import RemoteOracle
-from distributed_unlearn.solvers.scurenewton import SCureNewton
+from distributed_unlearn.solvers.methods.scurenewton import SCureNewton
+from distributed_unlearn.workers.remote_oracle import RemoteOracle
 from tests.engine.cases import DECAY, RATES, SETTINGS, Plan, Problem, round_spec
 
 TINY_STEPS = dataclasses.replace(SETTINGS, max_krylov_steps=2, cubic_coefficient=1e6)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from distributed_unlearn.solvers.descent import InnerDescent
-from distributed_unlearn.solvers.lanczos import LanczosBasis
+from distributed_unlearn.solvers.inner.descent import InnerDescent
+from distributed_unlearn.solvers.inner.lanczos import LanczosBasis
 from distributed_unlearn.solvers.protocols import InnerDescentEntry, KrylovEntry, StepStart, Trial
 
 Objective = Callable[[torch.Tensor, int], torch.Tensor]

@@ -8,8 +8,8 @@ import torch
 from memory_oracle import LocalSpace
 
 from distributed_unlearn.solvers.cubic import solve_cubic_dense, solve_cubic_tridiagonal
-from distributed_unlearn.solvers.descent import InnerDescent
-from distributed_unlearn.solvers.lanczos import LanczosBasis
+from distributed_unlearn.solvers.inner.descent import InnerDescent
+from distributed_unlearn.solvers.inner.lanczos import LanczosBasis
 
 
 def symmetric(n: int, seed: int = 0) -> torch.Tensor:

@@ -11,9 +11,9 @@ from memory_oracle import MemoryOracle
 from distributed_unlearn.records import StepRecord
 from distributed_unlearn.solvers.adaptation import Adaptation, estimate_coefficient
 from distributed_unlearn.solvers.cubic import solve_cubic_dense
-from distributed_unlearn.solvers.first_order import FirstOrder
+from distributed_unlearn.solvers.methods.first_order import FirstOrder
+from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.protocols import KrylovEntry, Trial
-from distributed_unlearn.solvers.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.solution import Result
 
 CURVATURES = torch.tensor([-1.0, 0.5, 2.0, 3.0], dtype=torch.float64)

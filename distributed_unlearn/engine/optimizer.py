@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distributed_unlearn.curvature.layout import shard_of
-from distributed_unlearn.engine.opened_model import OpenedModel
+from distributed_unlearn.engine.model import OpenedModel
 
 
 def decay_mask(opened: OpenedModel) -> Tensor:

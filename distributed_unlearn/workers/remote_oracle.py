@@ -1,37 +1,10 @@
-"""What a round needs of its workers, and the step oracle that reaches them with scalars only."""
+"""The step oracle over a worker group: scalars only."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from distributed_unlearn.solvers.protocols import InnerDescentEntry, KrylovEntry, StepStart, Trial
-
-
-class WorkerGroup(Protocol):
-    """N ranks that execute the same method together."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        ...
-
-    def call_all(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of every worker with the same arguments; results in rank order.
-
-        The first failure ends all workers and is raised.
-        """
-        ...
-
-    def call_rank_zero(self, method: str, *arguments: Any) -> Any:
-        """Call a method that is not collective on rank 0."""
-        ...
-
-    def share(self, value: Any) -> Any:
-        """Put a large read-only value where every worker can reach it once; pass the result as an argument."""
-        ...
-
-    def shutdown(self) -> None:
-        """End all workers."""
-        ...
+from distributed_unlearn.workers.group import WorkerGroup
 
 
 class RemoteOracle:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from distributed_unlearn.records import StepRecord
 from distributed_unlearn.solvers.adaptation import Adaptation, estimate_coefficient
-from distributed_unlearn.solvers.inner import DescentInner, InnerSolver, KrylovInner, Proposal
+from distributed_unlearn.solvers.inner.proposal import DescentInner, InnerSolver, KrylovInner, Proposal
 from distributed_unlearn.solvers.protocols import StepOracle, StepStart, Trial
 from distributed_unlearn.solvers.solution import Result
 

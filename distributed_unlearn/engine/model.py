@@ -11,8 +11,9 @@ from distributed_unlearn.curvature.layout import FlatLayout, build_layout
 from distributed_unlearn.curvature.segments import SegmentedModel, find_segments, frozen_rows, trainable_names
 from distributed_unlearn.curvature.store import SegmentStore
 from distributed_unlearn.engine.communicator import Communicator
-from distributed_unlearn.engine.space import ShardedSpace
-from distributed_unlearn.engine.zero import ExactWeights, ShardedWeights, checkpoint_dtype, full_shapes, load_model
+from distributed_unlearn.engine.partitions import checkpoint_dtype, full_shapes, load_model
+from distributed_unlearn.engine.vectors import ShardedSpace
+from distributed_unlearn.engine.weights import ExactWeights, ShardedWeights
 from distributed_unlearn.errors import ModelError, NumericalError
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from distributed_unlearn.data.encoding import EncodedCorpus, TokenBatch, collate
 from distributed_unlearn.data.sampling import cut, micro_batches, num_micro_batches
-from distributed_unlearn.engine.specs import Indices
 from distributed_unlearn.objectives.losses import correct_tokens, token_nll
 from distributed_unlearn.objectives.objective import Objective
 from distributed_unlearn.objectives.terms import MinibatchTotals, SequenceBatch
+from distributed_unlearn.workers.messages import Indices
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import numpy as np
 
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.data.encoding import EncodedCorpus
-from distributed_unlearn.engine.batches import scoring_micro_batches
-from distributed_unlearn.engine.opened_model import OpenedModel
-from distributed_unlearn.engine.specs import Indices, RecordScores
+from distributed_unlearn.engine.inputs import scoring_micro_batches
+from distributed_unlearn.engine.model import OpenedModel
+from distributed_unlearn.workers.messages import Indices, RecordScores
 
 
 def score_records(opened: OpenedModel, corpus: EncodedCorpus, indices: Indices, micro_batch_size: int) -> RecordScores:

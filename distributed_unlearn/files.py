@@ -7,21 +7,18 @@ moment as the result that they tell of: a folder can lack its record, but never 
 """
 
 import glob
-import hashlib
 import json
 import logging
 import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from distributed_unlearn import __version__
-from distributed_unlearn.errors import ConfigError, ModelError
+from distributed_unlearn.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
 
@@ -169,43 +166,6 @@ def _runs(process: int) -> bool:
     return True
 
 
-def hash_folder(
-    folder: Path, suffixes: tuple[str, ...] = (".safetensors", ".json"), below: bool = True
-) -> dict[str, str]:
-    """SHA-256 of the files with these suffixes, by path relative to the folder; `below`: those of subfolders too."""
-    found = {}
-    for path in sorted(folder.rglob("*") if below else folder.iterdir()):
-        if path.is_file() and path.suffix in suffixes:
-            with path.open("rb") as handle:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(handle, "sha256").hexdigest()
-    return found
-
-
-def hash_ids(ids: Iterable[str], salt: str) -> list[str]:
-    """SHA-256 of `salt`, a zero byte and the id, for each id; sorted, so that the order tells nothing."""
-    return sorted(hashlib.sha256(f"{salt}\0{name}".encode()).hexdigest() for name in ids)
-
-
-def new_salt() -> str:
-    """128 random bits in hexadecimal."""
-    return secrets.token_hex(16)
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions of Python, of this code and of the packages that a result depends on; None where one is missing."""
-    names = ("torch", "transformers", "deepspeed", "accelerate", "ray", "datasets", "numpy")
-    # Our own by hand: where a working_dir carries the code there is no installed distribution to ask.
-    own = {"python": platform.python_version(), "distributed-unlearn": __version__}
-    return {**own, **{name: _version(name) for name in names}}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys; NaN and infinity are refused rather than written as invalid JSON."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
@@ -232,39 +192,3 @@ def _write_complete(path: Path, text: str, mode: int) -> None:
         staging.unlink(missing_ok=True)
         raise
     _flush_names(path.parent)
-
-
-def model_card(base: str, summary: list[str]) -> str:
-    """README.md of a result: what was done, in counts and scalars; never ids or text of erased records."""
-    lines = "\n".join(f"- {line}" for line in summary)
-    return (
-        "---\n"
-        "library_name: transformers\n"
-        "tags: [machine-unlearning]\n"
-        "---\n\n"
-        "# Unlearned checkpoint\n\n"
-        f"Derived from `{base}` by `distributed-unlearn`: records were erased with cubic-regularised Newton steps\n"
-        "(arXiv 2406.14507) or the first-order method named below. Erased records are not named here; `record.json`\n"
-        "holds their salted hashes, every step's scalars and the evaluation.\n\n"
-        f"{lines}\n"
-    )
-
-
-def require_safetensors(path: str) -> None:
-    """Refuse a local folder without safetensors weights; a hub name is checked when it is loaded.
-
-    Raises:
-        ModelError: no such folder, or no `*.safetensors` in it.
-    """
-    folder = Path(expand_home(path))
-    looks_local = path.startswith((".", "/", "~")) or folder.exists() or path.count("/") > 1
-    if not looks_local:
-        return
-    if not folder.is_dir():
-        raise ModelError(f"model path '{path}', which is no folder", "an existing checkpoint folder", "check the path")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"model path '{path}' without *.safetensors",
-            "safetensors weights; pickled weights are never loaded",
-            "convert the checkpoint with transformers: model.save_pretrained(folder)",
-        )

@@ -1,0 +1,69 @@
+"""One job file: its sections, and what they must agree on."""
+
+from pydantic import model_validator
+
+from distributed_unlearn.config.base import StrictModel
+from distributed_unlearn.config.methods import SolverConfig
+from distributed_unlearn.config.objective import ObjectiveConfig
+from distributed_unlearn.config.sections import (
+    ClusterConfig,
+    CurvatureConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    SaveConfig,
+    SelectionConfig,
+    TrainConfig,
+)
+
+
+class JobConfig(StrictModel):
+    """One job file."""
+
+    model: ModelConfig
+    data: DataConfig
+    forget: SelectionConfig | None = None
+    rounds: tuple[SelectionConfig, ...] | None = None
+    holdout: SelectionConfig | None = None
+    objective: ObjectiveConfig = ObjectiveConfig()
+    solver: SolverConfig = SolverConfig()
+    curvature: CurvatureConfig = CurvatureConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    save: SaveConfig = SaveConfig()
+    train: TrainConfig | None = None
+    retrained: str | None = None
+    """Checkpoint of a retrained reference; with it the evaluation reports the Tug-of-War."""
+    output: str
+    overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "JobConfig":
+        if self.forget is not None and self.rounds is not None:
+            raise ValueError("both forget and rounds are given; a single round is `forget`, several are `rounds`")
+        if self.rounds is not None and not self.rounds:
+            raise ValueError("rounds is empty; give at least one selection or null")
+        for selection in (self.forget, *(self.rounds or ())):
+            if selection is not None and selection.path is not None:
+                raise ValueError("forget selects among the training records; path is for holdout only")
+        if self.train is not None and self.train.exclude_forget and not self.forget_rounds:
+            raise ValueError("train.exclude_forget without forget or rounds leaves nothing out; name what to leave out")
+        needs_holdout = self.objective.name == "holdout_matched" or self.solver.stop.forget_matches_holdout
+        if self.unlearns and needs_holdout and self.holdout is None:
+            raise ValueError(
+                "objective holdout_matched and solver.stop.forget_matches_holdout need a holdout selection; "
+                "name records that were never trained on, or choose another objective and turn the stop off"
+            )
+        return self
+
+    @property
+    def unlearns(self) -> bool:
+        """True when the job names something to forget and is not a training job."""
+        return self.train is None and (self.forget is not None or self.rounds is not None)
+
+    @property
+    def forget_rounds(self) -> tuple[SelectionConfig, ...]:
+        """The forget selection of every round, in order; one entry for a job with `forget`."""
+        if self.rounds is not None:
+            return self.rounds
+        return () if self.forget is None else (self.forget,)

@@ -1,0 +1,112 @@
+"""Reads a job file: YAML, `section.key=value` overrides, and every complaint of pydantic as one `ConfigError`.
+
+Nothing here looks at the file system beyond the job file itself, or at the machine.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from distributed_unlearn.config.job import JobConfig
+from distributed_unlearn.config.sections import ClusterConfig
+from distributed_unlearn.errors import ConfigError
+
+
+def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"override '{dotted}'", f"'{parent}' to be a section", "check the path against the job file"
+            )
+    tree[leaf] = value
+
+
+def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> None:
+    """Set `section.key=value` pairs in `tree`, values read as YAML.
+
+    Raises:
+        ConfigError: an override without `=`, a path through something that is no section, or bad YAML.
+    """
+    for override in overrides:
+        dotted, separator, text = override.partition("=")
+        if not separator or not dotted:
+            raise ConfigError(f"override '{override}'", "section.key=value", "write e.g. solver.max_steps=10")
+        try:
+            _set_dotted(tree, dotted, yaml.safe_load(text))
+        except (yaml.YAMLError, ValueError) as error:
+            # Without the value, which may hold ids of people.
+            got = f"override '{dotted}=...' ({_problem(error)})"
+            raise ConfigError(got, "a YAML value after '='", "quote the value") from error
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong and in which line; yaml's own message quotes the line, which may hold ids of people."""
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"a value that cannot be read, {type(error).__name__}"  # e.g. a date with a 13th month
+    line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+    return f"{line}{error.problem or type(error).__name__}"
+
+
+def _refusal(error: ValidationError, source: str, root: str) -> ConfigError:
+    complaints = []
+    for item in error.errors(include_url=False, include_input=False):
+        key = ".".join(str(part) for part in item["loc"]) or root
+        known = "; this key does not exist" if item["type"] == "extra_forbidden" else ""
+        complaints.append(f"{key}: {item['msg']}{known}")
+    return ConfigError(
+        f"{len(complaints)} problem(s) in {source}: " + " | ".join(complaints),
+        "settings as README.md describes them",
+        "correct the named keys",
+    )
+
+
+def parse_job(tree: dict[str, Any], source: str) -> JobConfig:
+    """Validate a job given as nested dictionaries.
+
+    Raises:
+        ConfigError: every complaint of the validation, with the dotted key.
+    """
+    try:
+        return JobConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _refusal(error, source, "job") from error
+
+
+def parse_cluster(tree: dict[str, Any]) -> ClusterConfig:
+    """Validate cluster settings given on the command line.
+
+    Raises:
+        ConfigError: every complaint of the validation.
+    """
+    try:
+        return ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _refusal(error, "the command line", "cluster") from error
+
+
+def load_job(path: Path, overrides: list[str]) -> JobConfig:
+    """Read a job file, apply overrides, validate.
+
+    Raises:
+        ConfigError: a file that is missing or cannot be read, bad YAML, or a refused key or value.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        got = f"job file '{path}', which cannot be read ({error.strerror})"
+        raise ConfigError(got, "an existing YAML file", "check the path and its permissions") from error
+    except (yaml.YAMLError, ValueError) as error:
+        got = f"'{path}', which is not YAML ({_problem(error)})"
+        raise ConfigError(got, "a YAML job file", "correct the syntax") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"'{path}' without sections", "a YAML mapping", "see README.md for an example job")
+    apply_overrides(tree, overrides)
+    return parse_job(tree, str(path))

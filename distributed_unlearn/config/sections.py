@@ -1,0 +1,145 @@
+"""The sections of a job file that say what is opened, read, trained, scored and written, and where it runs."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from distributed_unlearn.config.base import StrictModel
+
+
+class ModelConfig(StrictModel):
+    """Which checkpoint, in which compute dtype, and which of its parameters the update may touch."""
+
+    path: str
+    """Folder or Hugging Face Hub name. Safetensors only; remote code is never run."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype. Trainable weights always keep an fp32 master shard beside it."""
+    trainable: Literal["all"] | tuple[str, ...] = "all"
+    """`all`, or shell patterns matched against parameter names, e.g. `["*.mlp.*", "*.norm.weight"]`."""
+
+
+class DataConfig(StrictModel):
+    """The training records: anything that `datasets` loads, and how a row becomes prompt and answer."""
+
+    path: str
+    """File (jsonl, json, csv, parquet), folder, or Hub data set name."""
+    name: str | None = None
+    """Hub data set configuration name."""
+    split: str = "train"
+    format: Literal["question_answer", "text", "chat", "classification"] = "question_answer"
+    id_field: str = "record_id"
+    """Column with the record id; when the column is missing, ids are `row-0`, `row-1`, ..."""
+    subject_field: str | None = "subject_id"
+    question_field: str = "question"
+    answer_field: str = "answer"
+    text_field: str = "text"
+    messages_field: str = "messages"
+    label_field: str = "label"
+    label_names: tuple[str, ...] | None = None
+    """Classification: the word that stands for class 0, 1, ...; without it the label column's own text is used."""
+    prompt_template: str = "Question: {prompt}\nAnswer:"
+    """question_answer and classification: text before the answer; `{prompt}` is the question or the text."""
+    max_length: int | None = Field(default=None, ge=8)
+    """Tokens per record, prompt and answer; null means the model's context length."""
+    too_long: Literal["refuse", "truncate", "drop"] = "refuse"
+    """What happens to longer records. `drop` never drops a record that is named (forget, holdout): that is refused."""
+    pad_token: str | None = None
+    """A token of the vocabulary to pad with, for tokenizers that have none (Llama 3's); it is masked everywhere."""
+
+
+class SelectionConfig(StrictModel):
+    """Names records: by subject, by id, by a file with one id a line, or (holdout only) all of another file."""
+
+    subjects: tuple[str, ...] = ()
+    record_ids: tuple[str, ...] = ()
+    ids_file: str | None = None
+    path: str | None = None
+    name: str | None = None
+    """Hub data set configuration name of `path`; data.name belongs to data.path alone."""
+    split: str | None = None
+    """Split of `path`, null: all of `train`; data.split belongs to data.path alone."""
+
+    @model_validator(mode="after")
+    def _names_something(self) -> "SelectionConfig":
+        if self.path is None and (self.name is not None or self.split is not None):
+            raise ValueError("name and split belong to path, which is not given; remove them")
+        if not (self.subjects or self.record_ids or self.ids_file or self.path):
+            raise ValueError("an empty selection; name subjects, record_ids, ids_file or (holdout only) path")
+        return self
+
+
+class CurvatureConfig(StrictModel):
+    """Which product, and what is kept in memory between the products of one minibatch."""
+
+    product: Literal["hessian", "gauss_newton"] = "hessian"
+    mode: Literal["auto", "cached", "recompute"] = "auto"
+    """auto: cached where the measured size of what it keeps fits `memory_budget_gib`, else recompute."""
+    memory_budget_gib: float | None = Field(default=None, gt=0.0)
+    """Per rank, for what cached mode keeps. null: half of what is free on the device at the first product."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Records that go through the model at once on one rank. Changes memory and speed, never a result."""
+
+
+class ClusterConfig(StrictModel):
+    """Where it runs."""
+
+    backend: Literal["ray", "in_process"] = "ray"
+    """in_process: one worker in this very process, without Ray (laptop, debugger, lone GPU)."""
+    num_workers: int = Field(default=2, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    address: str | None = None
+    """`host:port` of a cluster's head, or `auto` for one on this machine. null or empty: RAY_ADDRESS (which a Ray job
+    sets), else a new local Ray bound to 127.0.0.1."""
+    use_gpu: Literal["auto", "always", "never"] = "auto"
+    """A GPU for every worker; auto: if the cluster has any at the start. `always` waits for GPU nodes to join."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    placement_timeout_seconds: float = Field(default=600.0, gt=0.0)
+    """How long a given cluster may take to have room (nodes may still join); a local Ray refuses at once."""
+    collective_timeout_seconds: float = Field(default=1800.0, gt=0.0)
+    """A collective that waits longer than this has lost a peer; ranks may load and write at different speeds."""
+    call_timeout_seconds: float = Field(default=3600.0, gt=0.0)
+    """A worker call that takes longer than this has hung."""
+
+    @model_validator(mode="after")
+    def _one_process(self) -> "ClusterConfig":
+        if self.backend == "in_process" and self.num_workers != 1:
+            raise ValueError("backend in_process has exactly one worker; set num_workers to 1 or backend to ray")
+        return self
+
+
+class EvaluationConfig(StrictModel):
+    """What is scored before and after every round."""
+
+    max_records_per_set: int | None = Field(default=None, ge=1)
+    """Score a seeded sample of this size of each larger set; null scores every record."""
+
+
+class SaveConfig(StrictModel):
+    """How the result is written."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """null: the dtype of the checkpoint that was loaded; after training, the dtype that it was trained in."""
+    max_shard_gib: float = Field(default=4.0, gt=0.0)
+    fp32_master: bool = False
+    """Also write the fp32 weights beside a lower-precision checkpoint, so that a later job can go on from them."""
+
+
+class TrainConfig(StrictModel):
+    """Fine-tuning instead of unlearning: accelerate + DeepSpeed inside the same workers."""
+
+    epochs: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    """Global records per optimiser step."""
+    learning_rate: float = Field(default=1e-4, gt=0.0, le=1e38)
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    warmup_share: float = Field(default=0.1, ge=0.0, lt=1.0)
+    max_gradient_norm: float = Field(default=1.0, gt=0.0)
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage of the training itself; null: the cluster's. Stage 2 is faster than 3 for small models."""
+    exclude_forget: bool = False
+    """Leave out `forget`: trains the retrained reference. The holdout set is always left out."""
+
+    def stage_in(self, cluster: ClusterConfig) -> int:
+        """The training's own ZeRO stage, else the cluster's."""
+        return cluster.zero_stage if self.zero_stage is None else self.zero_stage

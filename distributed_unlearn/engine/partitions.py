@@ -1,0 +1,113 @@
+"""Load a checkpoint straight into ZeRO partitions, and own the weights as flat shards.
+
+Stage 3 partitions with `deepspeed.zero.Init` from inside `from_pretrained`, without a DeepSpeed optimiser.
+The partitions are then moved into one flat buffer a rank, of which DeepSpeed's `ds_tensor`s become views:
+DeepSpeed's own gather sees every update, a segment is gathered by one collective, and an update is one local
+axpy. Stages 0 to 2 replicate the weights (they differ in optimiser state, which there is none of); vectors
+are partitioned in the same layout at every stage.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import deepspeed
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from distributed_unlearn.errors import ModelError
+
+
+def prepare_deepspeed(use_gpu: bool) -> None:
+    """Let DeepSpeed adopt the existing process group, without compiling its CPU shared-memory extension.
+
+    The extension serves inference only, takes a compiler and about 20 s, and a killed build leaves a lock
+    that hangs every later start.
+    """
+    if not use_gpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if use_gpu else "gloo", verbose=False)
+
+
+def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        # DeepSpeed's linear function has no forward-mode rule and would replace torch's for the whole process.
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False, "stage3_param_persistence_threshold": 0},
+    }
+
+
+@contextmanager
+def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
+    keep_alive = HfDeepSpeedConfig(config)  # transformers holds it by a weak reference
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
+
+
+def _refuse_missing(path: str, found: dict[str, Any]) -> None:
+    # transformers draws missing weights at random, differently on every rank, and says so in a log alone.
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model '{path}', whose files lack {len(missing)} weights ({', '.join(missing[:3])}, ...)",
+            "every weight of the architecture that config.json names",
+            "copy or convert the checkpoint again",
+        )
+
+
+def load_model(path: str, revision: str | None, dtype: torch.dtype, zero_stage: int, device: torch.device) -> nn.Module:
+    """A causal LM in `eval()` mode with eager attention; partitioned at stage 3. All ranks must call this.
+
+    Safetensors only; remote code is never run.
+
+    Raises:
+        ModelError: no such checkpoint, not safetensors, files that are damaged or lack weights, or an architecture
+            that transformers cannot load.
+    """
+    arguments: dict[str, Any] = {
+        "revision": revision,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "attn_implementation": "eager",
+        "dtype": dtype,
+        "output_loading_info": True,
+    }
+    try:
+        if zero_stage == 3:
+            with _partitioned_loading(_deepspeed_config(dtype)):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(path, **arguments)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(path, **arguments)
+            nn.Module.to(loaded[0], device)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"model '{path}', which cannot be loaded ({str(error).splitlines()[0]})",
+            "a Hugging Face causal language model with intact safetensors weights",
+            "check the path and the files; convert pytorch_model.bin with save_pretrained(safe_serialization=True)",
+        ) from error
+    model, found = loaded
+    _refuse_missing(path, found)
+    model.gradient_checkpointing_disable()
+    assert torch.nn.functional.linear.__module__ == "torch._C._nn", "DeepSpeed replaced torch's linear function"
+    gc.collect()
+    return cast(nn.Module, model.eval())
+
+
+def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Full shape of every parameter by qualified name, partitioned or not."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+
+
+def checkpoint_dtype(path: str, revision: str | None) -> torch.dtype:
+    """The dtype that the checkpoint's own config names; float32 where it names none."""
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    named = getattr(config, "dtype", None)
+    return named if isinstance(named, torch.dtype) else torch.float32

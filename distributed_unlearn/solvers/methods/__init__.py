@@ -1,0 +1,1 @@
+"""Methods: what takes outer steps."""

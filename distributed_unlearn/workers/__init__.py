@@ -1,0 +1,1 @@
+"""What crosses between driver and workers, and the driver's side of it."""
