@@ -1,6 +1,7 @@
 """The house's order enforced on every file: who imports whom, no cycles, file and function sizes, no print.
 
-The rule is data (`FLOORS`, `RULES`, `OWNERS`); `violations` checks one source text, so that snippets can prove it bites.
+The rule is data (`FLOORS`, `RULES`, `OWNERS`);
+`violations` checks one source text, so that snippets can prove it bites.
 """
 
 import ast
