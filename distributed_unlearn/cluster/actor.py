@@ -24,7 +24,6 @@ class Placement:
 class Heartbeat:
     """What an actor answers while a call is running."""
 
-    call_index: int
     method: str | None
     running_seconds: float
 
@@ -42,7 +41,7 @@ class RankActor:
         from distributed_unlearn.engine.worker import Worker
 
         self._worker = Worker(num_threads)
-        self._call_index, self._started = 0, time.monotonic()
+        self._started = time.monotonic()
         self._method: str | None = None
 
     def placement(self) -> Placement:
@@ -54,7 +53,6 @@ class RankActor:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of the worker."""
-        self._call_index += 1
         self._method, self._started = method, time.monotonic()
         try:
             return getattr(self._worker, method)(*arguments)
@@ -64,4 +62,4 @@ class RankActor:
     @ray.method(concurrency_group="heartbeat")
     def heartbeat(self) -> Heartbeat:
         """Answered in a thread of its own, also while a collective blocks the main one."""
-        return Heartbeat(self._call_index, self._method, time.monotonic() - self._started)
+        return Heartbeat(self._method, time.monotonic() - self._started)

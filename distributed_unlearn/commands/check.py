@@ -12,6 +12,7 @@ from distributed_unlearn.errors import CheckFailedError
 from distributed_unlearn.files import expand_home
 from distributed_unlearn.models.checkpoint import require_safetensors
 from distributed_unlearn.report.tables import number, plan_table
+from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.messages import CurvatureCheck
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -53,8 +54,9 @@ def run_curvature_check(
     # Double precision is for checks only, so it is no dtype of a job's model section.
     model = ModelConfig(path=expand_home(path), dtype="bfloat16" if dtype == "bfloat16" else "float32")
     with open_group(cluster) as group:
-        facts = group.call_all("open_model", model, dtype, cluster.zero_stage)[0]
-        report = group.call_all("check_curvature", check)[0]
+        workers = Workers(group)
+        facts = workers.open_model(model, dtype, cluster.zero_stage)
+        report = workers.check_curvature(check)
     if facts.segment_fallback is not None:
         console.print(
             f"warning: the whole model is one segment: {facts.segment_fallback}", style="yellow", markup=False

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.files import expand_home
-from distributed_unlearn.workers.group import WorkerGroup
+from distributed_unlearn.workers.client import Workers
 
 LOCK_NAME = ".running"
 """The file that a run holds locked in its output folder; it names the process."""
@@ -129,7 +129,7 @@ def _lock_open_file(descriptor: int, folder: Path) -> None:
         _LOG.warning("'%s' is on storage without locks: make sure that no other run writes there", folder)
 
 
-def confirm_shared(group: WorkerGroup, folder: Path) -> None:
+def confirm_shared(workers: Workers, folder: Path) -> None:
     """Make sure, before hours of work, that what the ranks will write arrives in this very folder.
 
     Raises:
@@ -139,13 +139,13 @@ def confirm_shared(group: WorkerGroup, folder: Path) -> None:
     path = folder.resolve() / f".seen-{secrets.token_hex(4)}"
     try:
         path.write_text(token, encoding="utf-8")
-        seen = group.call_all("can_see", str(path), token)
+        seen = workers.can_see(str(path), token)
     finally:
         path.unlink(missing_ok=True)
     blind = [str(rank) for rank, found in enumerate(seen) if not found]
     if blind:
         raise ConfigError(
-            f"output '{folder}', which rank(s) {', '.join(blind)} of {group.world_size} do not see",
+            f"output '{folder}', which rank(s) {', '.join(blind)} of {workers.world_size} do not see",
             "a folder that is the same on every node",
             "choose an output on storage that all nodes share",
         )

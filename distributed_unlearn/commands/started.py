@@ -13,7 +13,7 @@ from distributed_unlearn.commands.workers import open_group
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.report.run_log import RunLog
-from distributed_unlearn.workers.group import WorkerGroup
+from distributed_unlearn.workers.client import Workers
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Run:
     origin: Origin
     folder: Path
     console: Console
-    group: WorkerGroup
+    workers: Workers
     log: RunLog
 
 
@@ -40,7 +40,8 @@ def started(job: JobConfig, prepared: PreparedData, folder: Path, console: Conso
     """
     origin = find_origin(job.model, prepared.commit)
     with open_group(job.cluster) as group:
-        confirm_shared(group, folder)
+        workers = Workers(group)
+        confirm_shared(workers, folder)
         with RunLog(folder) as log:
-            group.call_all("set_corpus", group.share(prepared.corpus))
-            yield Run(job, prepared, origin, folder, console, group, log)
+            workers.set_corpus(prepared.corpus)
+            yield Run(job, prepared, origin, folder, console, workers, log)

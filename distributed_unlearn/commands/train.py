@@ -24,6 +24,7 @@ from distributed_unlearn.records import SetScores
 from distributed_unlearn.report.progress import TrainingProgress
 from distributed_unlearn.rounds.evaluate import evaluate_sets
 from distributed_unlearn.rounds.training import TrainingTask, run_training, write_trained
+from distributed_unlearn.workers.messages import TrainingSpec
 
 
 def prepare_training(job: JobConfig) -> PreparedData:
@@ -68,7 +69,7 @@ def run_training_job(job: JobConfig, console: Console) -> None:
 
 def _train(run: Run) -> dict[str, SetScores]:
     """Train, write checkpoint and record, score; the record is written anew with the scores once there are some."""
-    job, prepared, group, folder = run.job, run.prepared, run.group, run.folder
+    job, prepared, workers, folder = run.job, run.prepared, run.workers, run.folder
     assert job.train is not None
     indices = training_records(job, prepared)
     progress = TrainingProgress(run.console, "training")
@@ -78,12 +79,14 @@ def _train(run: Run) -> dict[str, SetScores]:
         run.log.log("train", step, {"loss_nats_per_token": loss})
 
     task = TrainingTask(
-        model=model_to_open(job.model, prepared.commit),
-        train=job.train,
-        indices=indices,
-        zero_stage=job.train.stage_in(job.cluster),
-        micro_batch_size=job.curvature.micro_batch_size,
-        seed=job.solver.seed,
+        spec=TrainingSpec(
+            model=model_to_open(job.model, prepared.commit),
+            train=job.train,
+            indices=indices,
+            zero_stage=job.train.stage_in(job.cluster),
+            micro_batch_size=job.curvature.micro_batch_size,
+            seed=job.solver.seed,
+        ),
         destination=folder / "checkpoint",
         save=job.save,
         overwrite=job.overwrite,
@@ -91,13 +94,13 @@ def _train(run: Run) -> dict[str, SetScores]:
         on_step=on_step,
     )
     try:
-        losses = run_training(group, task)
+        losses = run_training(workers, task)
     finally:
         progress.stop()
-    files = write_trained(group, task, result_papers(folder))
+    files = write_trained(workers, task, result_papers(folder))
     _write_record(folder, job, run.origin, files, len(indices), losses, None)
     sets = {"trained on": indices, "holdout": prepared.partition.holdout, **_forget_sets(prepared)}
-    scores, _ = evaluate_sets(group, sets, 2 * job.curvature.micro_batch_size)
+    scores, _ = evaluate_sets(workers, sets, 2 * job.curvature.micro_batch_size)
     _write_record(folder, job, run.origin, files, len(indices), losses, scores)
     return scores
 

@@ -97,17 +97,17 @@ def run_unlearning(job: JobConfig, console: Console) -> None:
 
 def _unlearn(run: Run) -> _Outcome:
     """All rounds, the checkpoint and its record, while the workers live: ending them can fail."""
-    job, prepared, group, console = run.job, run.prepared, run.group, run.console
+    job, prepared, workers, console = run.job, run.prepared, run.workers, run.console
     reference = _score_reference(run)
     model = model_to_open(job.model, prepared.commit)
     with stage(console, f"loading {job.model.path} at ZeRO stage {job.cluster.zero_stage}"):
-        facts = group.call_all("open_model", model, job.model.dtype, job.cluster.zero_stage)[0]
+        facts = workers.open_model(model, job.model.dtype, job.cluster.zero_stage)
     if facts.segment_fallback is not None:
         reason = facts.segment_fallback
         console.print(f"warning: the whole model is one segment: {reason}", style="yellow", markup=False)
     run.log.log("model", 0, asdict(facts))
     rounds = _run_rounds(run, reference)
-    mode = group.call_all("curvature_mode")[0]
+    mode = workers.curvature_mode()
     reference_json = None if reference is None else {name: asdict(scores) for name, scores in reference.items()}
     with stage(console, "writing and reading back the checkpoint"):
         survival, files = _write_checkpoint(run, model, rounds)
@@ -154,14 +154,14 @@ def _sets(prepared: PreparedData, round_index: int) -> dict[str, np.ndarray]:
 
 def _score_reference(run: Run) -> dict[str, SetScores] | None:
     """The retrained model's scores on the sets of the last round, if the job names one."""
-    job, prepared, group = run.job, run.prepared, run.group
+    job, prepared, workers = run.job, run.prepared, run.workers
     if job.retrained is None:
         return None
     with stage(run.console, f"scoring the retrained reference {job.retrained}"):
         model = job.model.model_copy(update={"path": expand_home(job.retrained), "revision": None})
-        group.call_all("open_model", model, job.model.dtype, job.cluster.zero_stage)
+        workers.open_model(model, job.model.dtype, job.cluster.zero_stage)
         last = len(prepared.partition.forget_rounds) - 1
-        return evaluate_sets(group, _sets(prepared, last), 2 * job.curvature.micro_batch_size)[0]
+        return evaluate_sets(workers, _sets(prepared, last), 2 * job.curvature.micro_batch_size)[0]
 
 
 def _run_rounds(run: Run, reference: dict[str, SetScores] | None) -> list[RoundRecord]:
@@ -179,7 +179,7 @@ def _run_rounds(run: Run, reference: dict[str, SetScores] | None) -> list[RoundR
                 run.log.log(f"round_{index}/step", record.step, {**asdict(record), **extra})
 
             record = run_round(
-                run.group,
+                run.workers,
                 RoundTask(
                     round_index=index,
                     forget=sets["forget"],
@@ -206,7 +206,7 @@ def _write_checkpoint(run: Run, model: ModelConfig, rounds: Sequence[RoundRecord
     """Write the checkpoint; returns what survives in it and the hashes of its files."""
     job, folder = run.job, run.folder
     with complete_folder(folder / "checkpoint", job.overwrite, result_papers(folder)) as staging:
-        survival = run.group.call_all("export", str(staging.resolve()), model, job.save)[0]
+        survival = run.workers.export(str(staging.resolve()), model, job.save)
         (staging / "README.md").write_text(model_card(job.model.path, card_lines(rounds, survival)), encoding="utf-8")
         return survival, hash_folder(staging)  # hashed before it is in place: its record follows at once
 

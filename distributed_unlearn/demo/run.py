@@ -30,7 +30,8 @@ from distributed_unlearn.report.tables import MethodRow, comparison_table
 from distributed_unlearn.rounds.evaluate import evaluate_sets
 from distributed_unlearn.rounds.round import RoundTask, run_round
 from distributed_unlearn.rounds.training import TrainingTask, run_training, write_trained
-from distributed_unlearn.workers.group import WorkerGroup
+from distributed_unlearn.workers.client import Workers
+from distributed_unlearn.workers.messages import ArchitectureSettings, TrainingSpec
 
 _PAPERS = ("report.html", "summary.json")
 """What tells of the demo's checkpoints, the summary last; see `set_aside`."""
@@ -50,7 +51,7 @@ class _Demo:
     folder: Path
     console: Console
     log: RunLog
-    group: WorkerGroup
+    workers: Workers
     prepared: PreparedData
 
     @property
@@ -65,11 +66,11 @@ class _Demo:
 
     def scores(self) -> dict[str, SetScores]:
         """Scores of the open model."""
-        return evaluate_sets(self.group, self.sets, 2 * self.settings.curvature.micro_batch_size)[0]
+        return evaluate_sets(self.workers, self.sets, 2 * self.settings.curvature.micro_batch_size)[0]
 
     def open(self, name: str) -> None:
         """Open a checkpoint of the demo on the workers."""
-        self.group.call_all("open_model", self.model(name), "float32", self.cluster.zero_stage)
+        self.workers.open_model(self.model(name), "float32", self.cluster.zero_stage)
 
 
 def run_demo(settings: DemoSettings, cluster: ClusterConfig, folder: Path, overwrite: bool, console: Console) -> None:
@@ -89,10 +90,11 @@ def run_demo(settings: DemoSettings, cluster: ClusterConfig, folder: Path, overw
             )
         versions = package_versions()
         with open_group(cluster) as group:
-            confirm_shared(group, folder)
+            workers = Workers(group)
+            confirm_shared(workers, folder)
             set_aside([folder / name for name in _PAPERS])  # they tell of checkpoints that go one by one from here on
             with RunLog(folder) as log:
-                rows, record = _run(settings, cluster, folder, console, log, group, versions)
+                rows, record = _run(settings, cluster, folder, console, log, workers, versions)
     console.print(comparison_table(rows))
     console.print(f"The cubic steps ended because {record.stop_reason}.", markup=False, highlight=False)
     console.print(f"written: {folder / 'summary.json'}, {folder / 'report.html'}", markup=False, highlight=False)
@@ -104,20 +106,20 @@ def _run(
     folder: Path,
     console: Console,
     log: RunLog,
-    group: WorkerGroup,
+    workers: Workers,
     versions: dict[str, str | None],
 ) -> tuple[list[MethodRow], RoundRecord]:
     started = time.monotonic()
     write_people(folder / "records.jsonl", settings.num_subjects, settings.records_per_subject, settings.seed)
-    _create_initial(settings, group, folder)
+    _create_initial(settings, workers, folder)
     prepared = prepare_data(
         ModelConfig(path=str(folder / "initial")),
         DataConfig(path=str(folder / "records.jsonl")),
         (settings.forget,),
         settings.holdout,
     )
-    group.call_all("set_corpus", group.share(prepared.corpus))
-    demo = _Demo(settings, cluster, folder, console, log, group, prepared)
+    workers.set_corpus(prepared.corpus)
+    demo = _Demo(settings, cluster, folder, console, log, workers, prepared)
     rows, record = _compare(demo)
     summary = _summary(demo, versions, rows, record, time.monotonic() - started)
     write_json(folder / "summary.json", finite(summary))
@@ -128,7 +130,7 @@ def _run(
     return rows, record
 
 
-def _create_initial(settings: DemoSettings, group: WorkerGroup, folder: Path) -> None:
+def _create_initial(settings: DemoSettings, workers: Workers, folder: Path) -> None:
     people = generate_people(settings.num_subjects, settings.records_per_subject, settings.seed)
     texts = [f"{person['question']} {person['answer']}" for person in people]
     tokenizer = train_tokenizer(texts, settings.vocab_size, settings.context_length)
@@ -139,8 +141,8 @@ def _create_initial(settings: DemoSettings, group: WorkerGroup, folder: Path) ->
         "eos_token_id": tokenizer.eos_token_id,
     }
     with complete_folder(folder / "initial", overwrite=True) as staging:
-        architecture: dict[str, Any] = {**settings.architecture, **special}
-        group.call_rank_zero("create_checkpoint", "llama", architecture, str(staging.resolve()), settings.seed)
+        architecture: ArchitectureSettings = {**settings.architecture, **special}
+        workers.create_checkpoint("llama", architecture, str(staging.resolve()), settings.seed)
         tokenizer.save_pretrained(staging)
 
 
@@ -151,7 +153,7 @@ def _compare(demo: _Demo) -> tuple[list[MethodRow], RoundRecord]:
     demo.open("original")
     record, _ = _unlearn(demo, "cubic steps", ObjectiveConfig(), demo.settings.solver)
     with complete_folder(demo.folder / "unlearned", overwrite=True) as staging:
-        demo.group.call_all("export", str(staging.resolve()), demo.model("original"), SaveConfig())
+        demo.workers.export(str(staging.resolve()), demo.model("original"), SaveConfig())
     rows = [
         MethodRow("original", original, tug_of_war(original, retrained), original_seconds, 0),
         _row("unlearned (SCureNewton)", record, retrained),
@@ -175,12 +177,14 @@ def _train(demo: _Demo, name: str, indices: np.ndarray) -> tuple[dict[str, SetSc
         demo.log.log(f"train_{name}", step, {"loss_nats_per_token": loss})
 
     task = TrainingTask(
-        model=demo.model("initial"),
-        train=settings.train,
-        indices=indices,
-        zero_stage=settings.train.stage_in(demo.cluster),
-        micro_batch_size=settings.curvature.micro_batch_size,
-        seed=settings.seed,
+        spec=TrainingSpec(
+            model=demo.model("initial"),
+            train=settings.train,
+            indices=indices,
+            zero_stage=settings.train.stage_in(demo.cluster),
+            micro_batch_size=settings.curvature.micro_batch_size,
+            seed=settings.seed,
+        ),
         destination=(demo.folder / name).resolve(),
         save=SaveConfig(),
         overwrite=True,
@@ -189,8 +193,8 @@ def _train(demo: _Demo, name: str, indices: np.ndarray) -> tuple[dict[str, SetSc
     )
     started = time.monotonic()
     try:
-        run_training(demo.group, task)
-        write_trained(demo.group, task)
+        run_training(demo.workers, task)
+        write_trained(demo.workers, task)
     finally:
         progress.stop()
     seconds = time.monotonic() - started
@@ -216,7 +220,7 @@ def _unlearn(
                 matched.append(seconds[0])
 
         record = run_round(
-            demo.group,
+            demo.workers,
             RoundTask(
                 0,
                 sets["forget"],
@@ -235,7 +239,7 @@ def _run_baseline(
     demo: _Demo, baseline: Baseline, cubic: RoundRecord, cubic_row: MethodRow, retrained: dict[str, SetScores]
 ) -> MethodRow:
     """A first-order method from the original weights for at least the wall time of the cubic steps."""
-    demo.group.call_all("restore_initial")
+    demo.open("original")
     same = baseline.objective.name == "holdout_matched"
     never = 1 << 30
     stop = demo.settings.solver.stop.model_copy(

@@ -1,13 +1,14 @@
 """Write a randomly initialised checkpoint: what a training from nothing starts from."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distributed_unlearn.workers.messages import ArchitectureSettings
 
-def create_checkpoint(model_type: str, settings: dict[str, Any], folder: str, seed: int) -> int:
+
+def create_checkpoint(model_type: str, settings: ArchitectureSettings, folder: str, seed: int) -> int:
     """Initialise a causal LM from the architecture's configuration and save it; not collective.
 
     Returns:

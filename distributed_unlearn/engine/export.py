@@ -7,7 +7,6 @@ ranks on several nodes the folder must be on storage that all of them share.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,21 +17,7 @@ from transformers import AutoTokenizer
 
 from distributed_unlearn.curvature.layout import SegmentLayout, Slot, shard_of
 from distributed_unlearn.engine.model import OpenedModel
-
-
-@dataclass(frozen=True)
-class SurvivingUpdate:
-    """How much of the update is left in the files, read back: saved weights against the weights at the start."""
-
-    update_norm: float
-    """`||Delta||` in fp32."""
-    saved_update_norm: float
-    """`||saved - w*||`."""
-    projection: float
-    """`<saved - w*, Delta> / ||Delta||^2`: 1 when the update survives whole, near 0 when rounding undoes it."""
-    share_of_changed_weights: float
-    """Share of the trainable weights whose saved value differs from the value at the start."""
-    dtype: str
+from distributed_unlearn.records import SurvivingUpdate
 
 
 def _slots(opened: OpenedModel) -> Iterator[tuple[SegmentLayout, Slot]]:

@@ -15,19 +15,7 @@ from distributed_unlearn.engine.partitions import checkpoint_dtype, full_shapes,
 from distributed_unlearn.engine.vectors import ShardedSpace
 from distributed_unlearn.engine.weights import ExactWeights, ShardedWeights
 from distributed_unlearn.errors import ModelError, NumericalError
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the driver needs to know of an opened model."""
-
-    num_parameters: int
-    num_trainable: int
-    num_segments: int
-    segment_fallback: str | None
-    context_length: int
-    vocab_size: int
-    checkpoint_dtype: str
+from distributed_unlearn.workers.messages import ModelFacts
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ over accumulation steps, so each local share is multiplied by both counts before
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,17 +20,7 @@ from distributed_unlearn.data.sampling import cut, draw, micro_batches, num_micr
 from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.objectives.losses import token_nll
-from distributed_unlearn.workers.messages import Indices
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """Sizes of a training run, the same on every rank."""
-
-    num_steps: int
-    batch_size: int
-    accumulation_steps: int
-    micro_batch_size: int
+from distributed_unlearn.workers.messages import TrainingPlan, TrainingSpec
 
 
 def plan_training(config: TrainConfig, num_records: int, world_size: int, micro_batch_size: int) -> TrainingPlan:
@@ -66,18 +55,15 @@ class Trainer:
         self,
         model: nn.Module,
         corpus: EncodedCorpus,
-        indices: Indices,
-        config: TrainConfig,
-        zero_stage: int,
-        micro_batch_size: int,
-        seed: int,
+        spec: TrainingSpec,
         communicator: Communicator,
     ) -> None:
-        self._corpus, self._indices, self._config = corpus, indices, config
-        self._communicator, self._seed = communicator, seed
-        self.plan = plan_training(config, len(indices), communicator.world_size, micro_batch_size)
+        config = spec.train
+        self._corpus, self._indices, self._config = corpus, spec.indices, config
+        self._communicator, self._seed = communicator, spec.seed
+        self.plan = plan_training(config, len(spec.indices), communicator.world_size, spec.micro_batch_size)
         bf16 = next(model.parameters()).dtype == torch.bfloat16
-        plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(zero_stage, bf16))
+        plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(spec.zero_stage, bf16))
         # accelerate keeps the first plugin of a process for good; a second training needs a clean state.
         # (`cpu=True` would make it use DistributedDataParallel instead of DeepSpeed.)
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -7,7 +7,6 @@ are reached through `oracle_call`.
 
 import gc
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from distributed_unlearn.config import ModelConfig, SaveConfig, TrainConfig
+from distributed_unlearn.config import ModelConfig, SaveConfig
 from distributed_unlearn.curvature.segments import trainable_names
 from distributed_unlearn.data.encoding import EncodedCorpus
 from distributed_unlearn.engine.check import check_curvature
@@ -23,23 +22,26 @@ from distributed_unlearn.engine.communicator import Communicator, RankSpec, conn
 from distributed_unlearn.engine.create import create_checkpoint
 from distributed_unlearn.engine.evidence import score_records
 from distributed_unlearn.engine.export import (
-    SurvivingUpdate,
     measure_surviving_update,
     write_configuration,
     write_tokenizer,
     write_weights,
 )
-from distributed_unlearn.engine.model import ModelFacts, OpenedModel, adopt_model, open_model
+from distributed_unlearn.engine.model import OpenedModel, adopt_model, open_model
 from distributed_unlearn.engine.oracle import ShardedOracle
 from distributed_unlearn.engine.partitions import load_model, prepare_deepspeed
-from distributed_unlearn.engine.training import Trainer, TrainingPlan
+from distributed_unlearn.engine.training import Trainer
+from distributed_unlearn.records import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.workers.messages import (
+    ArchitectureSettings,
     CurvatureCheck,
-    CurvatureMode,
     CurvatureReport,
     Indices,
+    ModelFacts,
     RecordScores,
     RoundSpec,
+    TrainingPlan,
+    TrainingSpec,
 )
 
 
@@ -86,10 +88,6 @@ class Worker:
         except OSError:
             return False
 
-    def process_id(self) -> int:
-        """This process's id; not collective."""
-        return os.getpid()
-
     @property
     def communicator(self) -> Communicator:
         """The group, once connected."""
@@ -116,7 +114,7 @@ class Worker:
         self._opened = self._oracle = self._initial = self._round_start = self._trainer = None
         gc.collect()
 
-    def create_checkpoint(self, model_type: str, settings: dict[str, Any], folder: str, seed: int) -> int:
+    def create_checkpoint(self, model_type: str, settings: ArchitectureSettings, folder: str, seed: int) -> int:
         """Write a randomly initialised checkpoint; rank 0 only, not collective."""
         return create_checkpoint(model_type, settings, folder, seed)
 
@@ -134,10 +132,6 @@ class Worker:
         assert self._corpus is not None
         scores = score_records(self.opened, self._corpus, indices, micro_batch_size)
         return scores if self.communicator.rank == 0 else None
-
-    def elements_moved(self) -> int:
-        """Elements that collectives have delivered to this rank so far; not collective."""
-        return self.communicator.num_elements_moved
 
     # -- rounds -------------------------------------------------------------------------------------------
 
@@ -185,15 +179,7 @@ class Worker:
 
     # -- training -----------------------------------------------------------------------------------------
 
-    def begin_training(
-        self,
-        config: ModelConfig,
-        train: TrainConfig,
-        indices: Indices,
-        zero_stage: int,
-        micro_batch_size: int,
-        seed: int,
-    ) -> TrainingPlan:
+    def begin_training(self, spec: TrainingSpec) -> TrainingPlan:
         """Load a checkpoint and put what is trainable under DeepSpeed's optimiser.
 
         Raises:
@@ -201,15 +187,14 @@ class Worker:
         """
         assert self._corpus is not None
         self.close_model()
-        dtype = getattr(torch, config.dtype)
-        self._stage = zero_stage
-        model = load_model(config.path, config.revision, dtype, zero_stage, self.communicator.device)
+        config, self._stage = spec.model, spec.zero_stage
+        model = load_model(
+            config.path, config.revision, getattr(torch, config.dtype), spec.zero_stage, self.communicator.device
+        )
         names = trainable_names(model, config.trainable)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
-        self._trainer = Trainer(
-            model, self._corpus, indices, train, zero_stage, micro_batch_size, seed, self.communicator
-        )
+        self._trainer = Trainer(model, self._corpus, spec, self.communicator)
         return self._trainer.plan
 
     def train_step(self, step_index: int) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 
 from distributed_unlearn.evaluation.metrics import score_set
 from distributed_unlearn.records import SetScores
-from distributed_unlearn.workers.group import WorkerGroup
+from distributed_unlearn.workers.client import Workers
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,17 +30,17 @@ class Scores:
         return self.nll / self.num_tokens
 
 
-def score(group: WorkerGroup, indices: np.ndarray, micro_batch_size: int) -> Scores:
+def score(workers: Workers, indices: np.ndarray, micro_batch_size: int) -> Scores:
     """Score records on all ranks."""
-    found = group.call_all("score", np.unique(indices), micro_batch_size)[0]
+    found = workers.score(np.unique(indices), micro_batch_size)
     return Scores(found.indices, found.nll, found.num_tokens, found.num_correct)
 
 
 def evaluate_sets(
-    group: WorkerGroup, sets: Mapping[str, np.ndarray], micro_batch_size: int
+    workers: Workers, sets: Mapping[str, np.ndarray], micro_batch_size: int
 ) -> tuple[dict[str, SetScores], Scores]:
     """Scores of every non-empty set, and the per-record scores they come from."""
     filled = {name: np.unique(indices) for name, indices in sets.items() if len(indices)}
-    scores = score(group, np.concatenate(list(filled.values())), micro_batch_size)
+    scores = score(workers, np.concatenate(list(filled.values())), micro_batch_size)
     parts = {name: scores.of(indices) for name, indices in filled.items()}
     return {name: score_set(part.nll, part.num_tokens, part.num_correct) for name, part in parts.items()}, scores

@@ -20,7 +20,7 @@ from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, score
 from distributed_unlearn.solvers.methods.first_order import FirstOrder
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.stopping import StoppingRule
-from distributed_unlearn.workers.group import WorkerGroup
+from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.messages import RoundSpec
 from distributed_unlearn.workers.remote_oracle import RemoteOracle
 
@@ -92,9 +92,9 @@ class _Watch:
     """Measures what the stopping rule needs, as rarely as it can."""
 
     def __init__(
-        self, group: WorkerGroup, task: RoundTask, holdout_loss: float | None, scores: Scores, started: float
+        self, workers: Workers, task: RoundTask, holdout_loss: float | None, scores: Scores, started: float
     ) -> None:
-        self._group, self._task, self._started = group, task, started
+        self._workers, self._task, self._started = workers, task, started
         self._holdout_loss = holdout_loss if task.solver.stop.forget_matches_holdout else None
         retain = np.intersect1d(task.retain, scores.indices)
         self._probe = draw(task.solver.seed, task.round_index, 0, "probe", retain, _NUM_PROBE_RECORDS)
@@ -118,11 +118,11 @@ class _Watch:
         if self._holdout_loss is not None and (step + 1) % self._task.solver.stop.check_every_steps:
             return self._rule.timeout(step, time.monotonic() - self._started), measured
         if self._holdout_loss is not None:
-            losses = score(self._group, self._task.forget, batch).mean_losses
+            losses = score(self._workers, self._task.forget, batch).mean_losses
             distance = float(np.abs(losses - self._holdout_loss).mean())
             measured["forget distance"] = distance
             if distance <= self._tolerance:
-                retain_loss = float(score(self._group, self._probe, batch).mean_losses.mean())
+                retain_loss = float(score(self._workers, self._probe, batch).mean_losses.mean())
                 measured["retain probe excess"] = retain_loss - self._initial_retain_loss
         return self._rule.update(step, distance, retain_loss, time.monotonic() - self._started), measured
 
@@ -146,18 +146,18 @@ def _take_steps(task: RoundTask, solver: OuterSolver, watch: _Watch) -> tuple[li
     return steps, f"max_steps: all {task.solver.max_steps} steps were taken"
 
 
-def run_round(group: WorkerGroup, task: RoundTask) -> RoundRecord:
-    """Run one round on the group's current weights and leave the new weights there.
+def run_round(workers: Workers, task: RoundTask) -> RoundRecord:
+    """Run one round on the workers' current weights and leave the new weights there.
 
     Raises:
         NumericalError: a loss or gradient that is not finite; the weights are those before the step.
     """
     batch = 2 * task.curvature.micro_batch_size
-    before, scores = evaluate_sets(group, _sets(task), batch)
+    before, scores = evaluate_sets(workers, _sets(task), batch)
     holdout_loss = before["holdout"].loss_nats_per_token if "holdout" in before else None
     reference: dict[int, float] = {}
     if build_objective(task.objective, holdout_loss).needs_reference:
-        found = score(group, task.forget, batch)
+        found = score(workers, task.forget, batch)
         reference = {int(index): float(nll) for index, nll in zip(found.indices, found.nll, strict=True)}
     spec = RoundSpec(
         task.round_index,
@@ -169,12 +169,12 @@ def run_round(group: WorkerGroup, task: RoundTask) -> RoundRecord:
         holdout_loss,
         reference,
     )
-    group.call_all("begin_round", spec)
+    workers.begin_round(spec)
     stepping = time.monotonic()
-    watch = _Watch(group, task, holdout_loss, scores, stepping)
-    steps, reason = _take_steps(task, _solver(RemoteOracle(group), task.solver), watch)
+    watch = _Watch(workers, task, holdout_loss, scores, stepping)
+    steps, reason = _take_steps(task, _solver(RemoteOracle(workers.group), task.solver), watch)
     wall_seconds = time.monotonic() - stepping
-    after: dict[str, SetScores] = evaluate_sets(group, _sets(task), batch)[0]
+    after: dict[str, SetScores] = evaluate_sets(workers, _sets(task), batch)[0]
     return RoundRecord(
         round_index=task.round_index,
         num_forget_records=len(task.forget),
@@ -183,7 +183,7 @@ def run_round(group: WorkerGroup, task: RoundTask) -> RoundRecord:
         stop_reason=reason,
         num_steps=len(steps),
         num_products=sum(step.num_products for step in steps),
-        update_norm=group.call_all("round_update_norm")[0],
+        update_norm=workers.round_update_norm(),
         wall_seconds=wall_seconds,
         steps=tuple(steps),
         before=before,

@@ -1,14 +1,17 @@
 """What driver and workers tell each other. Light: importing this loads neither DeepSpeed nor a process group."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig
+from distributed_unlearn.config import CurvatureConfig, ModelConfig, ObjectiveConfig, SolverConfig, TrainConfig
 
 Indices = NDArray[np.int64]
+ArchitectureSettings = Mapping[str, int | float | bool | str | None]
+"""Settings of a model that is made from nothing, as its configuration class names them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +41,39 @@ class RecordScores:
 
 
 @dataclass(frozen=True)
-class CurvatureMode:
-    """How products were computed in the current round."""
+class ModelFacts:
+    """What the driver needs to know of an opened model."""
 
-    cached: bool | None
-    """None where no product was asked for."""
-    cached_gib: float
-    """What cached mode keeps on the largest rank, measured; 0 where the mode was given."""
+    num_parameters: int
+    num_trainable: int
+    num_segments: int
+    segment_fallback: str | None
+    context_length: int
+    vocab_size: int
+    checkpoint_dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSpec:
+    """What the driver tells every rank about a training run."""
+
+    model: ModelConfig
+    train: TrainConfig
+    indices: Indices
+    """Records to train on."""
+    zero_stage: int
+    micro_batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Sizes of a training run, the same on every rank."""
+
+    num_steps: int
+    batch_size: int
+    accumulation_steps: int
+    micro_batch_size: int
 
 
 @dataclass(frozen=True)

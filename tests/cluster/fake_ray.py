@@ -24,7 +24,7 @@ class FakeActor:
 
     ray: "FakeRay"
     delay: float = 0.0
-    outcome: Any = field(default_factory=lambda: Heartbeat(1, "open_model", 12.0))
+    outcome: Any = field(default_factory=lambda: Heartbeat("open_model", 12.0))
     num_asked: int = 0
 
     @property

@@ -33,6 +33,7 @@ from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ModelError, WorkerError
 from distributed_unlearn.records import RoundRecord
 from distributed_unlearn.rounds.round import RoundTask, run_round
+from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.group import WorkerGroup
 
 # The method "thread" would end this very process, and leave Ray's.
@@ -87,7 +88,7 @@ def _run(group: WorkerGroup, tiny: TinyJob, prepared: PreparedData, folder: Path
         ),
         curvature=CurvatureConfig(micro_batch_size=2),
     )
-    record = run_round(group, task)
+    record = run_round(Workers(group), task)
     folder.mkdir()
     group.call_all("export", str(folder), model, SaveConfig())
     return record

@@ -22,6 +22,7 @@ from distributed_unlearn.engine.worker import Worker
 from distributed_unlearn.errors import UserError
 from distributed_unlearn.objectives.objective import build_objective
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton
+from distributed_unlearn.workers.messages import TrainingSpec
 from distributed_unlearn.workers.remote_oracle import RemoteOracle
 from tests.engine.cases import (
     HOLDOUT_LOSS,
@@ -335,7 +336,9 @@ def train(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for num_steps in (1, 3):
         found["plan"] = worker.begin_training(
-            ModelConfig(path=str(plan.folder / "odd_llama")), TRAINING, np.arange(NUM_RECORDS), stage, 2, 0
+            TrainingSpec(
+                ModelConfig(path=str(plan.folder / "odd_llama")), TRAINING, np.arange(NUM_RECORDS), stage, 2, 0
+            )
         )
         losses = [worker.train_step(step) for step in range(num_steps)]
         facts = worker.finish_training()

@@ -1,0 +1,115 @@
+"""Typed calls to the workers: the one file where their methods are named as strings.
+
+A group calls whatever it is told to; `Workers` says what there is to call, with which arguments and what comes back.
+"""
+
+from typing import TypeVar
+
+from distributed_unlearn.config import ModelConfig, SaveConfig
+from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.records import CurvatureMode, SurvivingUpdate
+from distributed_unlearn.workers.group import WorkerGroup
+from distributed_unlearn.workers.messages import (
+    ArchitectureSettings,
+    CurvatureCheck,
+    CurvatureReport,
+    Indices,
+    ModelFacts,
+    RecordScores,
+    RoundSpec,
+    TrainingPlan,
+    TrainingSpec,
+)
+
+Answer = TypeVar("Answer")
+
+
+class Workers:
+    """The driver's side of a worker group. Every call blocks until all ranks have answered.
+
+    Each method is the worker's method of the same name, which says what it does; the first failure of any rank ends
+    all of them and is raised.
+    """
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
+
+    @property
+    def group(self) -> WorkerGroup:
+        """The group behind the calls."""
+        return self._group
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._group.world_size
+
+    def _first(self, kind: type[Answer], method: str, *arguments: object) -> Answer:
+        """Rank 0's answer to a call of all ranks."""
+        answer = self._group.call_all(method, *arguments)[0]
+        assert isinstance(answer, kind), f"{method} answered {type(answer).__name__}, not {kind.__name__}"
+        return answer
+
+    # -- model and data -----------------------------------------------------------------------------------
+
+    def can_see(self, path: str, token: str) -> list[bool]:
+        """Whether each rank reads `token` in the file `path`; in rank order."""
+        return [bool(seen) for seen in self._group.call_all("can_see", path, token)]
+
+    def set_corpus(self, corpus: EncodedCorpus) -> None:
+        """Hand every rank the corpus; it is put once where all of a node can read it."""
+        self._group.call_all("set_corpus", self._group.share(corpus))
+
+    def open_model(self, config: ModelConfig, dtype: str, zero_stage: int) -> ModelFacts:
+        """Load a checkpoint into partitions; its weights become the ones that updates are measured from."""
+        return self._first(ModelFacts, "open_model", config, dtype, zero_stage)
+
+    def create_checkpoint(self, model_type: str, settings: ArchitectureSettings, folder: str, seed: int) -> int:
+        """Let rank 0 write a randomly initialised checkpoint; returns its number of parameters."""
+        answer = self._group.call_rank_zero("create_checkpoint", model_type, settings, folder, seed)
+        assert isinstance(answer, int)
+        return answer
+
+    def score(self, indices: Indices, micro_batch_size: int) -> RecordScores:
+        """Teacher-forced scores of records at the current weights, sorted by index."""
+        return self._first(RecordScores, "score", indices, micro_batch_size)
+
+    # -- rounds -------------------------------------------------------------------------------------------
+
+    def begin_round(self, spec: RoundSpec) -> None:
+        """Start a round from the current weights."""
+        self._group.call_all("begin_round", spec)
+
+    def curvature_mode(self) -> CurvatureMode:
+        """How the round's products were computed."""
+        return self._first(CurvatureMode, "curvature_mode")
+
+    def round_update_norm(self) -> float:
+        """`||w - w_start||` of the current round."""
+        return self._first(float, "round_update_norm")
+
+    # -- results ------------------------------------------------------------------------------------------
+
+    def export(self, folder: str, base: ModelConfig, save: SaveConfig) -> SurvivingUpdate:
+        """Write a checkpoint into an existing folder, read it back and compare."""
+        return self._first(SurvivingUpdate, "export", folder, base, save)
+
+    # -- training -----------------------------------------------------------------------------------------
+
+    def begin_training(self, spec: TrainingSpec) -> TrainingPlan:
+        """Load a checkpoint and put what is trainable under the optimiser."""
+        return self._first(TrainingPlan, "begin_training", spec)
+
+    def train_step(self, step_index: int) -> float:
+        """One optimiser step; its loss, nats per token of the global minibatch."""
+        return self._first(float, "train_step", step_index)
+
+    def finish_training(self) -> ModelFacts:
+        """End the training and open the trained model for scoring and export."""
+        return self._first(ModelFacts, "finish_training")
+
+    # -- checks -------------------------------------------------------------------------------------------
+
+    def check_curvature(self, check: CurvatureCheck) -> CurvatureReport:
+        """Compare gradient and product with an unsharded float64 reference."""
+        return self._first(CurvatureReport, "check_curvature", check)
