@@ -30,7 +30,8 @@ def run_plan(job: JobConfig, console: Console) -> None:
     """Print the estimate; every mistake that `run` would refuse before loading weights is refused here too."""
     prepared = prepare_job(job) if job.train is None else prepare_training(job)
     hf_config = load_model_config(job.model)
-    size = measure_model(hf_config, job.model.trainable, job.cluster.num_workers, job.cluster.zero_stage)
+    num_workers, stage, task = job.cluster.num_workers, job.cluster.zero_stage, job.model.task
+    size = measure_model(hf_config, job.model.trainable, num_workers, stage, task)
     rows = (_unlearning_rows if job.train is None else _training_rows)(size, hf_config, job, prepared)
     console.print(describe_data(prepared), markup=False, highlight=False)
     if size.fallback_reason is not None:

@@ -6,12 +6,16 @@ from pydantic import Field, model_validator
 
 from distributed_unlearn.config.base import StrictModel
 
+ModelTask = Literal["causal_lm", "sequence_classification", "image_classification"]
+
 
 class ModelConfig(StrictModel):
-    """Which checkpoint, in which compute dtype, and which of its parameters the update may touch."""
+    """Which checkpoint, opened as what, in which compute dtype, and which of its parameters the update may touch."""
 
     path: str
     """Folder or Hugging Face Hub name. Safetensors only; remote code is never run."""
+    task: ModelTask = "causal_lm"
+    """What the model predicts: the next token, or the class of a text or an image."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Trainable weights always keep an fp32 master shard beside it."""

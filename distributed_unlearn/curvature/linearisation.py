@@ -187,7 +187,8 @@ class Linearisation:
         """Trace one forward pass; `self._trace` is visible to `evaluate_block` while it grows."""
         self._trace = Trace(self._root_leaves())
         model, blocks = self._segmented.model, self._segmented.blocks
-        trace_forward(self._trace, model, blocks, self._inputs, self._loss_of_logits, evaluate_block)
+        inputs = {**self._segmented.constants, **self._inputs}
+        trace_forward(self._trace, model, blocks, inputs, self._loss_of_logits, evaluate_block)
         return self._trace
 
     def _release(self) -> None:

@@ -1,17 +1,28 @@
-"""Find the segments of a causal language model: its blocks, and the root that holds everything else.
+"""Find the segments of a model: its blocks, and the root that holds everything else.
 
-A block is a child of the `ModuleList` that the model's `_no_split_modules` names: one decoder layer. The
-root owns the parameters outside all blocks (embeddings, final norm, head). The model's own `forward` drives
-root and blocks, so masks, rotary embeddings, embedding scaling and tied weights stay the model's business.
+A block is a module that the model's forward calls once, with one hidden state: a decoder layer, a stage of a
+residual network. The root owns the parameters outside all blocks (embeddings, final norm, head). The model's own
+`forward` drives root and blocks, so masks, rotary embeddings, embedding scaling and tied weights stay the model's
+business.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from distributed_unlearn.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The modules to cut out, by their names in the model and in forward order; or why there are none."""
+
+    members: tuple[tuple[str, nn.Module], ...]
+    absence: str | None = None
+    """Why `members` is empty; None where it is not."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,8 @@ class SegmentedModel:
     segments: tuple[Segment, ...]
     fallback_reason: str | None
     """Why the whole model became one segment, or None where blocks were found."""
+    constants: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of every forward call beside a batch's own."""
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -59,33 +72,47 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
-def find_segments(model: nn.Module) -> SegmentedModel:
+def no_split_blocks(model: nn.Module) -> Blocks:
+    """The largest `ModuleList` whose members `_no_split_modules` names: a transformer's layers."""
+    candidates = _candidate_lists(model)
+    if not candidates:
+        return Blocks((), "no ModuleList whose members are named by _no_split_modules")
+    name, layers = max(candidates, key=lambda item: _num_parameters(item[1]))
+    return Blocks(tuple((f"{name}.{index}", layer) for index, layer in enumerate(layers)))
+
+
+def find_segments(
+    model: nn.Module, blocks: Blocks | None = None, constants: dict[str, Any] | None = None
+) -> SegmentedModel:
     """Split `model` into root and blocks.
 
-    Falls back to one segment, with the reason in `fallback_reason`, when no `ModuleList` of
-    `_no_split_modules` is found or when blocks share parameters with each other or with the root.
+    Falls back to one segment, with the reason in `fallback_reason`, when there are no blocks or when they share
+    parameters with each other or with the root.
+
+    Args:
+        model: any module.
+        blocks: what to cut out; None: `no_split_blocks`.
+        constants: keyword arguments of every forward call; None: those of a language model, without a cache.
     """
+    blocks = no_split_blocks(model) if blocks is None else blocks
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    candidates = _candidate_lists(model)
-    reason = None if candidates else "no ModuleList whose members are named by _no_split_modules"
+    reason = blocks.absence
     segments: list[Segment] = []
     owned: set[int] = set()
-    if candidates:
-        list_name, blocks = max(candidates, key=lambda item: _num_parameters(item[1]))
-        for index, block in enumerate(blocks):
-            members = [(name, parameter) for name, parameter in block.named_parameters()]
-            if owned & {id(parameter) for _, parameter in members}:
-                reason = f"blocks of {list_name} share parameters"
-                break
-            owned |= {id(parameter) for _, parameter in members}
-            segments.append(_make_segment(f"{list_name}.{index}", block, members, names, is_root=False))
-        if reason is None and _shared_with_root(model, blocks, owned):
-            reason = f"blocks of {list_name} share parameters with the rest of the model"
+    for name, block in blocks.members:
+        members = [(local, parameter) for local, parameter in block.named_parameters()]
+        if owned & {id(parameter) for _, parameter in members}:
+            reason = f"blocks that share parameters: {name} and one before it"
+            break
+        owned |= {id(parameter) for _, parameter in members}
+        segments.append(_make_segment(name, block, members, names, is_root=False))
+    if reason is None and _shared_with_root(model, blocks, owned):
+        reason = f"blocks that share parameters with the rest of the model, from {blocks.members[0][0]} on"
     if reason is not None:
         segments, owned = [], set()
     root_members = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in owned]
     root = _make_segment("root", model, root_members, names, is_root=True)
-    return SegmentedModel(model, (root, *segments), reason)
+    return SegmentedModel(model, (root, *segments), reason, {"use_cache": False} if constants is None else constants)
 
 
 def _parameters_outside(module: nn.Module, blocks: set[int]) -> Iterator[nn.Parameter]:
@@ -95,9 +122,10 @@ def _parameters_outside(module: nn.Module, blocks: set[int]) -> Iterator[nn.Para
             yield from _parameters_outside(child, blocks)
 
 
-def _shared_with_root(model: nn.Module, blocks: nn.ModuleList, owned: set[int]) -> bool:
+def _shared_with_root(model: nn.Module, blocks: Blocks, owned: set[int]) -> bool:
     # By path and not by module: a block's norm may be the model's norm as well, one object under two names.
-    return any(id(parameter) in owned for parameter in _parameters_outside(model, {id(block) for block in blocks}))
+    inside = {id(block) for _, block in blocks.members}
+    return any(id(parameter) in owned for parameter in _parameters_outside(model, inside))
 
 
 def _make_segment(

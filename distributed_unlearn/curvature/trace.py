@@ -186,7 +186,7 @@ def trace_forward(
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(_forward_replaced(block, replacement(block)))
-        output = functional_call(model, trace.root_leaves, (), {**inputs, "use_cache": False}, tie_weights=True)
+        output = functional_call(model, trace.root_leaves, (), inputs, tie_weights=True)
         trace.logits = output.logits
         trace.loss = loss_of_logits(output.logits)
     if [id(call.block) for call in trace.calls] != [id(block) for block in blocks]:

@@ -5,16 +5,17 @@ bfloat16, the rounding of weights and direction that belongs to it). It shares n
 double backward, or central differences of gradients where the model is too large for that.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch.nn.functional import cross_entropy
 
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.curvature.precision import LiftFloat32Casts
@@ -26,40 +27,19 @@ from distributed_unlearn.curvature.reference import (
 )
 from distributed_unlearn.data.sampling import cut
 from distributed_unlearn.engine.model import OpenedModel
-from distributed_unlearn.objectives.losses import token_nll
+from distributed_unlearn.models.family import CheckBatch, build
 from distributed_unlearn.workers.messages import CurvatureCheck, CurvatureReport
 
 
-@dataclass(frozen=True)
-class _Batch:
-    input_ids: Tensor
-    attention_mask: Tensor
-    answer_mask: Tensor
+def _loss_of(batch: CheckBatch, num_labels: int) -> Callable[[Tensor], Tensor]:
+    """This batch's share of the mean negative log likelihood of all `num_labels` labels."""
 
-    def rows(self, chosen: np.ndarray) -> "_Batch":
-        """Some rows; a row of padding where none is chosen, so that every rank can take part."""
-        if len(chosen) == 0:
-            empty = torch.zeros_like(self.input_ids[:1])
-            mask = empty.clone()
-            mask[:, 0] = 1
-            return _Batch(empty, mask, empty.bool())
-        index = torch.from_numpy(chosen)
-        return _Batch(self.input_ids[index], self.attention_mask[index], self.answer_mask[index])
+    def loss(logits: Tensor) -> Tensor:
+        wide = logits.reshape(-1, logits.shape[-1])
+        wide = wide if wide.dtype == torch.float64 else wide.float()
+        return cross_entropy(wide, batch.labels.reshape(-1), ignore_index=-100, reduction="sum") / num_labels
 
-
-def _random_batch(check: CurvatureCheck, vocab_size: int) -> _Batch:
-    generator = torch.Generator().manual_seed(check.seed)
-    shape = (check.batch_size, check.sequence_length)
-    ids = torch.randint(0, vocab_size, shape, generator=generator)
-    lengths = torch.randint(check.sequence_length // 2, check.sequence_length + 1, shape[:1], generator=generator)
-    attention = (torch.arange(shape[1])[None, :] < lengths[:, None]).long()
-    answer = attention.bool().clone()
-    answer[:, : max(1, shape[1] // 4)] = False
-    return _Batch(ids, attention, answer)
-
-
-def _loss_of(batch: _Batch, num_tokens: int) -> Callable[[Tensor], Tensor]:
-    return lambda logits: token_nll(logits, batch.input_ids, batch.answer_mask)[0].sum() / num_tokens
+    return loss
 
 
 @contextmanager
@@ -86,7 +66,7 @@ def _reference_model(opened: OpenedModel) -> nn.Module | None:
     on_zero = opened.communicator.rank == 0
     model = None
     if on_zero:
-        model = AutoModelForCausalLM.from_config(opened.config, attn_implementation="eager").double().eval()
+        model = build(opened.family, copy.deepcopy(opened.config)).double().eval()
     targets = {} if model is None else dict(model.named_parameters())
     for segment in opened.layout.segments:
         for slot in (*segment.trainable, *segment.frozen):
@@ -105,12 +85,13 @@ def _fits_double_backward(num_parameters: int) -> bool:
 
 
 def _compute_reference(
-    model: nn.Module, check: CurvatureCheck, batch: _Batch, tangent: dict[str, Tensor]
+    model: nn.Module, check: CurvatureCheck, batch: CheckBatch, constants: dict[str, Any], tangent: dict[str, Tensor]
 ) -> tuple[Reference, str]:
-    loss_of_logits = _loss_of(batch, int(batch.answer_mask.sum()))
+    loss_of_logits = _loss_of(batch, batch.num_labels)
 
     def logits_fn(module: nn.Module) -> Tensor:
-        return module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits: Tensor = module(**constants, **batch.inputs).logits
+        return logits
 
     with LiftFloat32Casts():
         if check.product == "gauss_newton":
@@ -139,11 +120,9 @@ def _now(device: torch.device) -> float:
 def check_curvature(opened: OpenedModel, check: CurvatureCheck) -> CurvatureReport | None:
     """Run the check; rank 0 returns the report. All ranks must call this."""
     communicator, space = opened.communicator, opened.space
-    batch = _random_batch(check, int(opened.config.vocab_size))
-    mine = batch.rows(cut(np.arange(check.batch_size), communicator.rank, communicator.world_size))
-    device, num_tokens = communicator.device, int(batch.answer_mask.sum())
-    mine = _Batch(mine.input_ids.to(device), mine.attention_mask.to(device), mine.answer_mask.to(device))
-    inputs = {"input_ids": mine.input_ids, "attention_mask": mine.attention_mask}
+    batch = opened.family.check_batch(opened.config, check.batch_size, check.sequence_length, check.seed)
+    chosen = cut(np.arange(check.batch_size), communicator.rank, communicator.world_size)
+    device, mine = communicator.device, batch.rows(torch.from_numpy(chosen)).to(communicator.device)
     master = opened.weights.master
     u, v = (space.random_normal(master, check.seed + k) for k in (1, 2))
     v /= space.norm(v)
@@ -153,8 +132,8 @@ def check_curvature(opened: OpenedModel, check: CurvatureCheck) -> CurvatureRepo
         linearisation = Linearisation(
             opened.segmented,
             opened.store,
-            inputs,
-            _loss_of(mine, num_tokens),
+            mine.inputs,
+            _loss_of(mine, batch.num_labels),
             check.product,
             cached=check.mode == "cached",
         )
@@ -175,7 +154,7 @@ def check_curvature(opened: OpenedModel, check: CurvatureCheck) -> CurvatureRepo
         return None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in named[2])
-    truth, method = _compute_reference(model, check, batch, named[2])
+    truth, method = _compute_reference(model, check, batch, opened.family.constants, named[2])
     slots = [slot for part in opened.layout.segments for slot in part.trainable]
     return CurvatureReport(
         loss_relative_error=abs(loss - float(truth.loss)) / abs(float(truth.loss)),

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
 
+from distributed_unlearn.config import ModelTask
 from distributed_unlearn.curvature.layout import FlatLayout, build_layout
 from distributed_unlearn.curvature.segments import find_segments, frozen_rows, trainable_names
 from distributed_unlearn.errors import ModelError
+from distributed_unlearn.models.families import family_of
+from distributed_unlearn.models.family import build
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,23 @@ class TrainingMemoryEstimate:
         return self.weights + self.gradients + self.optimizer_states + self.activations
 
 
-def measure_model(hf_config: Any, trainable: str | tuple[str, ...], world_size: int, zero_stage: int) -> ModelSize:
+def measure_model(
+    hf_config: Any,
+    trainable: str | tuple[str, ...],
+    world_size: int,
+    zero_stage: int,
+    task: ModelTask = "causal_lm",
+) -> ModelSize:
     """Build the architecture without weights and lay it out.
 
     Raises:
         ModelError: no blocks at stage 3, or a trainable pattern that matches nothing.
     """
+    family = family_of(task)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
-    model.tie_weights()
-    segmented = find_segments(model)
+        model = build(family, hf_config)
+    model.tie_weights()  # type: ignore[operator]
+    segmented = find_segments(model, family.blocks(model), family.constants)
     if segmented.fallback_reason is not None and zero_stage == 3:
         raise ModelError(
             f"a model that cannot be cut into segments ({segmented.fallback_reason}) at ZeRO stage 3",

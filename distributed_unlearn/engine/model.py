@@ -15,6 +15,8 @@ from distributed_unlearn.engine.partitions import checkpoint_dtype, full_shapes,
 from distributed_unlearn.engine.vectors import ShardedSpace
 from distributed_unlearn.engine.weights import ExactWeights, ShardedWeights
 from distributed_unlearn.errors import ModelError, NumericalError
+from distributed_unlearn.models.families import family_of
+from distributed_unlearn.models.family import ModelFamily
 from distributed_unlearn.workers.messages import ModelFacts
 
 
@@ -32,6 +34,7 @@ class OpenedModel:
     space: ShardedSpace
     communicator: Communicator
     checkpoint_dtype: torch.dtype
+    family: ModelFamily
 
     @property
     def config(self) -> Any:
@@ -46,8 +49,8 @@ class OpenedModel:
             num_trainable=self.layout.num_trainable,
             num_segments=len(self.layout.segments),
             segment_fallback=self.segmented.fallback_reason,
-            context_length=int(getattr(self.config, "max_position_embeddings", 0) or 0),
-            vocab_size=int(self.config.vocab_size),
+            context_length=self.family.context_length(self.config),
+            vocab_size=self.family.vocab_size(self.config),
             checkpoint_dtype=str(self.checkpoint_dtype).removeprefix("torch."),
         )
 
@@ -60,13 +63,14 @@ def open_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, communi
         NumericalError: weights that are not finite.
     """
     # In float32 whatever the compute dtype: the fp32 master must start from the checkpoint's own values.
-    model = load_model(config.path, config.revision, torch.float32, zero_stage, communicator.device)
+    model = load_model(config, torch.float32, zero_stage, communicator.device)
     own_dtype = checkpoint_dtype(config.path, config.revision)
-    return adopt_model(model, config.trainable, dtype, own_dtype, zero_stage, communicator)
+    return adopt_model(model, family_of(config.task), config.trainable, dtype, own_dtype, zero_stage, communicator)
 
 
 def adopt_model(
     model: nn.Module,
+    family: ModelFamily,
     trainable: str | tuple[str, ...],
     dtype: torch.dtype,
     own_dtype: torch.dtype,
@@ -79,7 +83,7 @@ def adopt_model(
         ModelError: blocks that cannot be found at stage 3.
         NumericalError: weights that are not finite.
     """
-    segmented = find_segments(model)
+    segmented = find_segments(model, family.blocks(model), family.constants)
     if segmented.fallback_reason is not None and zero_stage == 3:
         raise ModelError(
             f"a model that cannot be cut into segments ({segmented.fallback_reason}) at ZeRO stage 3",
@@ -109,6 +113,7 @@ def adopt_model(
         space=ShardedSpace(layout, communicator),
         communicator=communicator,
         checkpoint_dtype=own_dtype,
+        family=family,
     )
 
 

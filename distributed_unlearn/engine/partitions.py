@@ -16,10 +16,13 @@ import deepspeed
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.errors import ModelError
+from distributed_unlearn.models.checkpoint import load_model_config
+from distributed_unlearn.models.families import family_of
 
 
 def prepare_deepspeed(use_gpu: bool) -> None:
@@ -63,8 +66,8 @@ def _refuse_missing(path: str, found: dict[str, Any]) -> None:
         )
 
 
-def load_model(path: str, revision: str | None, dtype: torch.dtype, zero_stage: int, device: torch.device) -> nn.Module:
-    """A causal LM in `eval()` mode with eager attention; partitioned at stage 3. All ranks must call this.
+def load_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, device: torch.device) -> nn.Module:
+    """The checkpoint as its family opens it, in `eval()` mode; partitioned at stage 3. All ranks must call this.
 
     Safetensors only; remote code is never run.
 
@@ -72,25 +75,27 @@ def load_model(path: str, revision: str | None, dtype: torch.dtype, zero_stage: 
         ModelError: no such checkpoint, not safetensors, files that are damaged or lack weights, or an architecture
             that transformers cannot load.
     """
+    family, path = family_of(config.task), config.path
     arguments: dict[str, Any] = {
-        "revision": revision,
+        **family.arguments,
+        "config": family.part_config(load_model_config(config)),
+        "revision": config.revision,
         "use_safetensors": True,
         "trust_remote_code": False,
-        "attn_implementation": "eager",
         "dtype": dtype,
         "output_loading_info": True,
     }
     try:
         if zero_stage == 3:
             with _partitioned_loading(_deepspeed_config(dtype)):
-                loaded: Any = AutoModelForCausalLM.from_pretrained(path, **arguments)
+                loaded: Any = family.auto_class.from_pretrained(path, **arguments)
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(path, **arguments)
+            loaded = family.auto_class.from_pretrained(path, **arguments)
             nn.Module.to(loaded[0], device)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"model '{path}', which cannot be loaded ({str(error).splitlines()[0]})",
-            "a Hugging Face causal language model with intact safetensors weights",
+            f"a Hugging Face {family.kind} with intact safetensors weights",
             "check the path and the files; convert pytorch_model.bin with save_pretrained(safe_serialization=True)",
         ) from error
     model, found = loaded

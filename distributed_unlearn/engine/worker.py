@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from distributed_unlearn.config import ModelConfig, SaveConfig
+from distributed_unlearn.config import ModelConfig, ModelTask, SaveConfig
 from distributed_unlearn.curvature.segments import trainable_names
 from distributed_unlearn.data.encoding import EncodedCorpus
 from distributed_unlearn.engine.check import check_curvature
@@ -31,6 +31,7 @@ from distributed_unlearn.engine.model import OpenedModel, adopt_model, open_mode
 from distributed_unlearn.engine.oracle import ShardedOracle
 from distributed_unlearn.engine.partitions import load_model, prepare_deepspeed
 from distributed_unlearn.engine.training import Trainer
+from distributed_unlearn.models.families import family_of
 from distributed_unlearn.records import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.workers.messages import (
     ArchitectureSettings,
@@ -67,7 +68,7 @@ class Worker:
         self._initial: torch.Tensor | None = None
         self._round_start: torch.Tensor | None = None
         self._trainer: Trainer | None = None
-        self._stage = 3
+        self._trained: tuple[ModelConfig, int] | None = None
 
     # -- group --------------------------------------------------------------------------------------------
 
@@ -114,9 +115,11 @@ class Worker:
         self._opened = self._oracle = self._initial = self._round_start = self._trainer = None
         gc.collect()
 
-    def create_checkpoint(self, model_type: str, settings: ArchitectureSettings, folder: str, seed: int) -> int:
+    def create_checkpoint(
+        self, model_type: str, settings: ArchitectureSettings, folder: str, seed: int, task: ModelTask = "causal_lm"
+    ) -> int:
         """Write a randomly initialised checkpoint; rank 0 only, not collective."""
-        return create_checkpoint(model_type, settings, folder, seed)
+        return create_checkpoint(family_of(task), model_type, settings, folder, seed)
 
     def restore_initial(self) -> None:
         """Set the weights back to what was loaded, bit for bit."""
@@ -187,10 +190,8 @@ class Worker:
         """
         assert self._corpus is not None
         self.close_model()
-        config, self._stage = spec.model, spec.zero_stage
-        model = load_model(
-            config.path, config.revision, getattr(torch, config.dtype), spec.zero_stage, self.communicator.device
-        )
+        self._trained = config, zero_stage = spec.model, spec.zero_stage
+        model = load_model(config, getattr(torch, config.dtype), zero_stage, self.communicator.device)
         names = trainable_names(model, config.trainable)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
@@ -204,10 +205,10 @@ class Worker:
 
     def finish_training(self) -> ModelFacts:
         """End the training and open the trained model for scoring and export."""
-        assert self._trainer is not None
+        assert self._trainer is not None and self._trained is not None
         model, self._trainer = self._trainer.finish(), None
-        dtype = next(model.parameters()).dtype
-        self._opened = adopt_model(model, "all", dtype, dtype, self._stage, self.communicator)
+        (config, stage), dtype = self._trained, next(model.parameters()).dtype
+        self._opened = adopt_model(model, family_of(config.task), "all", dtype, dtype, stage, self.communicator)
         self._initial = self._opened.weights.master.detach().cpu().clone()
         return self._opened.facts()
 

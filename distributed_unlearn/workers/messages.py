@@ -48,8 +48,10 @@ class ModelFacts:
     num_trainable: int
     num_segments: int
     segment_fallback: str | None
-    context_length: int
-    vocab_size: int
+    context_length: int | None
+    """None where the model has none, or no limit."""
+    vocab_size: int | None
+    """None where records are not tokens."""
     checkpoint_dtype: str
 
 

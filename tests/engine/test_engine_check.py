@@ -46,7 +46,7 @@ REFUSED = [
         for name, kind, message in (
             ("nan", "NumericalError", "NaN"),
             ("pickled", "ModelError", "safetensors"),
-            ("absent", "ModelError", "cannot be loaded"),
+            ("absent", "ModelError", "without a readable config.json"),
             ("lacking", "ModelError", "lack 2 weights (model.layers.0.mlp.up_proj.weight, model.norm.weight"),
             ("cut off", "ModelError", "cannot be loaded"),
         )

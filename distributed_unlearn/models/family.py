@@ -1,0 +1,102 @@
+"""What differs between kinds of models, in one protocol: opening, feeding, cutting into segments, and their sizes.
+
+The engine, `plan` and the checks ask a `ModelFamily` and name no architecture. A new kind of model is a new class
+with these members and one line in `families.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distributed_unlearn.curvature.segments import Blocks
+
+
+@dataclass(frozen=True)
+class CheckBatch:
+    """A random batch for numerical checks: what the forward takes, and what is predicted."""
+
+    inputs: dict[str, Tensor]
+    """Each [B, ...]; keyword arguments of the model's forward."""
+    labels: Tensor
+    """As the logits without their last dimension: the class that each should predict, -100 where none counts."""
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that count."""
+        return int((self.labels != -100).sum())
+
+    def rows(self, index: Tensor) -> "CheckBatch":
+        """The rows `index` [n]; without any, the first row with no label that counts: ranks go through it together."""
+        if len(index) == 0:
+            first = self.rows(torch.zeros(1, dtype=torch.int64))
+            return CheckBatch(first.inputs, torch.full_like(first.labels, -100))
+        return CheckBatch({name: value[index] for name, value in self.inputs.items()}, self.labels[index])
+
+    def to(self, device: torch.device) -> "CheckBatch":
+        """The batch on `device`."""
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return CheckBatch(inputs, self.labels.to(device))
+
+
+class ModelFamily(Protocol):
+    """One kind of model; without state. `hf_config` is the checkpoint's Hugging Face configuration."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, for messages: "causal language model"."""
+        ...
+
+    @property
+    def auto_class(self) -> Any:
+        """The transformers class whose `from_pretrained` and `from_config` open it."""
+        ...
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` and of `from_config`, such as kernels that can be differentiated twice."""
+        ...
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Keyword arguments of every forward call beside a batch's own."""
+        ...
+
+    def part_config(self, hf_config: Any) -> Any:
+        """The configuration of what is opened: that of the language model inside a multimodal one, else `hf_config`.
+
+        Raises:
+            ModelError: an architecture that this family does not open.
+        """
+        ...
+
+    def blocks(self, model: nn.Module) -> Blocks:
+        """The modules that become segments, or why there are none."""
+        ...
+
+    def head(self, model: nn.Module) -> nn.Module | None:
+        """The module from hidden states to logits, row by row; None where there is no such module."""
+        ...
+
+    def context_length(self, hf_config: Any) -> int | None:
+        """Tokens that a record may have; None where the notion does not exist or there is no limit."""
+        ...
+
+    def vocab_size(self, hf_config: Any) -> int | None:
+        """Ids that may stand in a record; None where records are not tokens."""
+        ...
+
+    def check_batch(self, hf_config: Any, batch_size: int, sequence_length: int, seed: int) -> CheckBatch:
+        """A random batch, a function of its arguments alone."""
+        ...
+
+
+def build(family: ModelFamily, hf_config: Any) -> nn.Module:
+    """The architecture with random weights (without any under `accelerate.init_empty_weights`).
+
+    Raises:
+        ModelError: an architecture that the family does not open.
+    """
+    model: nn.Module = family.auto_class.from_config(family.part_config(hf_config), **family.arguments)
+    return model
