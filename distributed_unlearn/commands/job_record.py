@@ -1,7 +1,7 @@
 """What is written beside a result: the record, the figures, the page, the model card's lines."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ import numpy as np
 
 from distributed_unlearn.config import JobConfig, ModelConfig
 from distributed_unlearn.data.encoding import EncodedCorpus
-from distributed_unlearn.data.selection import Partition
+from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.files import expand_home, write_json, write_private
-from distributed_unlearn.provenance import hash_folder, hash_ids, new_salt, package_versions
+from distributed_unlearn.provenance import Mark, hash_folder, hash_ids, hash_salt, new_salt, package_versions
 from distributed_unlearn.records import RoundRecord
 from distributed_unlearn.report.figures import steps_figure
 from distributed_unlearn.report.page import write_page
@@ -32,6 +32,8 @@ class Origin:
 
     base: dict[str, Any]
     versions: dict[str, str | None]
+    result: str = field(default_factory=new_salt)
+    """Number of the result, in its record and in the mark inside its checkpoint."""
 
 
 def find_origin(model: ModelConfig, commit: str | None) -> Origin:
@@ -47,8 +49,13 @@ def model_to_open(model: ModelConfig, commit: str | None) -> ModelConfig:
     return model.model_copy(update={"path": expand_home(model.path), "revision": commit or model.revision})
 
 
+def result_mark(origin: Origin, prepared: PreparedData, erased: Sequence[np.ndarray]) -> Mark:
+    """The mark of a result from which the records `erased` are gone, beside those that went before."""
+    return Mark(origin.result, prepared.erased.num_after(erased))
+
+
 def redacted_config(job: JobConfig) -> dict[str, Any]:
-    """The resolved configuration with every forget selection replaced by what kind of selection it was."""
+    """The resolved configuration with every selection of people who asked replaced by what kind of selection it was."""
     tree: dict[str, Any] = job.model_dump(mode="json")
 
     def redact(selection: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -59,6 +66,7 @@ def redacted_config(job: JobConfig) -> dict[str, Any]:
         return {**counts, "ids_file": None if selection["ids_file"] is None else "a file"}
 
     tree["forget"] = redact(tree["forget"])
+    tree["data"]["erased"] = redact(tree["data"]["erased"])
     if tree["rounds"] is not None:
         tree["rounds"] = [redact(selection) for selection in tree["rounds"]]
     return tree
@@ -69,7 +77,38 @@ def erased_hashes(corpus: EncodedCorpus, rounds: Sequence[np.ndarray], salt: str
     return [hash_ids((corpus.record_ids[int(index)] for index in forget), salt) for forget in rounds]
 
 
-def card_lines(rounds: Sequence[RoundRecord], survival: Any) -> list[str]:
+def erasure_fields(prepared: PreparedData, erased: Sequence[np.ndarray]) -> tuple[dict[str, Any], str | None]:
+    """What a record says of this and every earlier erasure, and the salt of its hashes; None without any.
+
+    The salt of the checkpoint that the job went on from is used again, so that its hashes can be handed on as they are.
+    """
+    before = prepared.erased
+    salt = before.salt or (new_salt() if len(erased) else None)
+    fields = {
+        "parent": before.parent,
+        "num_erased_before": before.num_records,
+        "num_erased_before_not_in_data": before.num_unknown,
+        "erased_before_sha256_salted": [list(hashes) for hashes in before.hashes],
+        "erased_ids_sha256_salted": [] if salt is None else erased_hashes(prepared.corpus, erased, salt),
+        "salt_sha256": None if salt is None else hash_salt(salt),
+    }
+    return fields, salt
+
+
+def erased_before(prepared: PreparedData) -> str | None:
+    """How many records earlier jobs erased; None without any."""
+    erased = prepared.erased
+    if not erased.hashes and not erased.num_unknown_subjects:
+        return None
+    text = f"erased before: {erased.num_records}, in no retain, holdout or training set"
+    if erased.num_unknown:
+        text += f" ({erased.num_unknown} of them not in this data)"
+    if erased.num_unknown_subjects:
+        text += f"; the data holds no record of {erased.num_unknown_subjects} subject(s) of data.erased"
+    return text
+
+
+def card_lines(rounds: Sequence[RoundRecord], survival: Any, prepared: PreparedData) -> list[str]:
     """Counts and scalars for the model card."""
     lines = [
         f"Round {record.round_index}: {record.num_forget_records} records erased, "
@@ -77,6 +116,8 @@ def card_lines(rounds: Sequence[RoundRecord], survival: Any) -> list[str]:
         f"products, update norm {record.update_norm:.4g}."
         for record in rounds
     ]
+    if (before := erased_before(prepared)) is not None:
+        lines.insert(0, f"Records {before}.")
     lines.append(
         f"Share of the update that survives {survival.dtype}: {survival.projection:.4f} "
         f"({survival.share_of_changed_weights:.1%} of the weights changed)."
@@ -88,8 +129,7 @@ def write_result_record(
     folder: Path,
     job: JobConfig,
     origin: Origin,
-    corpus: EncodedCorpus,
-    partition: Partition,
+    prepared: PreparedData,
     rounds: Sequence[RoundRecord],
     survival: Any,
     files: dict[str, str],
@@ -101,14 +141,17 @@ def write_result_record(
     The salt proves to its holder that a given id was erased; without it the record tells no ids. It comes first:
     a salt without a record is of no use, and a record without its salt proves nothing.
     """
-    salt = new_salt()
+    forget = prepared.partition.forget_rounds
+    erasure, salt = erasure_fields(prepared, forget)
+    assert salt is not None
     record = {
         "format": 1,
         "config": redacted_config(job),
         "versions": origin.versions,
         "base": origin.base,
-        "result": {"files": files},
-        "erased_ids_sha256_salted": erased_hashes(corpus, partition.forget_rounds, salt),
+        "result": {"id": origin.result, "files": files},
+        **erasure,
+        "num_retain_records": len(prepared.partition.retain(len(forget) - 1)),
         "rounds": [asdict(item) for item in rounds],
         "surviving_update": asdict(survival),
         "curvature_mode": asdict(mode),
@@ -129,7 +172,9 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write_pictures(folder: Path, title: str, rounds: Sequence[RoundRecord], rows: Sequence[MethodRow]) -> None:
+def write_pictures(
+    folder: Path, title: str, counts: str, rounds: Sequence[RoundRecord], rows: Sequence[MethodRow]
+) -> None:
     """Draw the course of every round and write one page with tables and pictures; an earlier run's pictures go."""
     for old in folder.glob("steps_round_*.png"):
         old.unlink()
@@ -138,4 +183,5 @@ def write_pictures(folder: Path, title: str, rounds: Sequence[RoundRecord], rows
         path = folder / f"steps_round_{record.round_index}.png"
         steps_figure(record.steps, path)
         images.append(path)
-    write_page(folder / "report.html", title, [record.stop_reason for record in rounds], rows, rounds, images)
+    paragraphs = [counts, *(record.stop_reason for record in rounds)]
+    write_page(folder / "report.html", title, paragraphs, rows, rounds, images)

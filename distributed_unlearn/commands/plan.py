@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from distributed_unlearn.commands.train import prepare_training, training_records
-from distributed_unlearn.commands.unlearn import describe_data, prepare_job
+from distributed_unlearn.commands.unlearn import describe_data, prepare_job, warn_of_reference
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.data.sampling import num_micro_batches
@@ -33,7 +33,9 @@ def run_plan(job: JobConfig, console: Console) -> None:
     num_workers, stage, task = job.cluster.num_workers, job.cluster.zero_stage, job.model.task
     size = measure_model(hf_config, job.model.trainable, num_workers, stage, task)
     rows = (_unlearning_rows if job.train is None else _training_rows)(size, hf_config, job, prepared)
-    console.print(describe_data(prepared), markup=False, highlight=False)
+    console.print(describe_data(prepared), markup=False, highlight=False, soft_wrap=True)
+    if job.train is None:
+        warn_of_reference(job, prepared, console)
     if size.fallback_reason is not None:
         console.print(f"warning: the whole model is one segment: {size.fallback_reason}", style="yellow", markup=False)
     console.print(plan_table([*_model_rows(size, job), *rows]))

@@ -2,15 +2,18 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from distributed_unlearn.commands.job_record import (
     Origin,
+    erasure_fields,
     finite,
     model_to_open,
     redacted_config,
+    result_mark,
     result_papers,
 )
 from distributed_unlearn.commands.output import claimed, output_folder
@@ -18,7 +21,7 @@ from distributed_unlearn.commands.started import Run, started
 from distributed_unlearn.commands.unlearn import describe_data
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
-from distributed_unlearn.files import refuse_existing, write_json
+from distributed_unlearn.files import refuse_existing, write_json, write_private
 from distributed_unlearn.models.checkpoint import require_safetensors
 from distributed_unlearn.records import SetScores
 from distributed_unlearn.report.progress import TrainingProgress
@@ -54,7 +57,7 @@ def run_training_job(job: JobConfig, console: Console) -> None:
     folder = output_folder(job.output)
     with claimed(folder):
         prepared = prepare_training(job)
-        console.print(describe_data(prepared), markup=False, highlight=False)
+        console.print(describe_data(prepared), markup=False, highlight=False, soft_wrap=True)
         with started(job, prepared, folder, console) as run:
             scores = _train(run)
     for name, value in scores.items():
@@ -97,11 +100,15 @@ def _train(run: Run) -> dict[str, SetScores]:
         losses = run_training(workers, task)
     finally:
         progress.stop()
-    files = write_trained(workers, task, result_papers(folder))
-    _write_record(folder, job, run.origin, files, len(indices), losses, None)
+    erased = prepared.partition.forget_rounds if job.train.exclude_forget else ()
+    files = write_trained(workers, task, result_papers(folder), result_mark(run.origin, prepared, erased))
+    erasure, salt = erasure_fields(prepared, erased)
+    if salt is not None:
+        write_private(folder / "record.salt", salt)
+    _write_record(folder, job, run.origin, files, erasure, len(indices), losses, None)
     sets = {"trained on": indices, "holdout": prepared.partition.holdout, **_forget_sets(prepared)}
     scores, _ = evaluate_sets(workers, sets, 2 * job.curvature.micro_batch_size)
-    _write_record(folder, job, run.origin, files, len(indices), losses, scores)
+    _write_record(folder, job, run.origin, files, erasure, len(indices), losses, scores)
     return scores
 
 
@@ -110,6 +117,7 @@ def _write_record(
     job: JobConfig,
     origin: Origin,
     files: dict[str, str],
+    erasure: dict[str, Any],
     num_records: int,
     losses: list[float],
     scores: dict[str, SetScores] | None,
@@ -119,7 +127,8 @@ def _write_record(
         "config": redacted_config(job),
         "versions": origin.versions,
         "base": origin.base,
-        "result": {"files": files},
+        "result": {"id": origin.result, "files": files},
+        **erasure,
         "num_records": num_records,
         "num_steps": len(losses),
         "last_loss_nats_per_token": losses[-1],
@@ -129,8 +138,9 @@ def _write_record(
 
 
 def _forget_sets(prepared: PreparedData) -> dict[str, np.ndarray]:
-    """`forget`; of a job with several rounds `forget_round_<k>` for each."""
+    """`forget`, of several rounds `forget_round_<k>` for each; `erased_before_<k>` for each round of earlier jobs."""
     rounds = prepared.partition.forget_rounds
+    earlier = {f"erased_before_{index}": erased for index, erased in enumerate(prepared.partition.erased_before)}
     if len(rounds) == 1:
-        return {"forget": rounds[0]}
-    return {f"forget_round_{index}": forget for index, forget in enumerate(rounds)}
+        return {"forget": rounds[0], **earlier}
+    return {**{f"forget_round_{index}": forget for index, forget in enumerate(rounds)}, **earlier}

@@ -11,7 +11,9 @@ from rich.console import Console
 from distributed_unlearn.commands.job_record import (
     SURVIVAL_WARNING_LEVEL,
     card_lines,
+    erased_before,
     model_to_open,
+    result_mark,
     result_papers,
     write_pictures,
     write_result_record,
@@ -19,6 +21,7 @@ from distributed_unlearn.commands.job_record import (
 from distributed_unlearn.commands.output import claimed, output_folder
 from distributed_unlearn.commands.started import Run, started
 from distributed_unlearn.config import JobConfig, ModelConfig
+from distributed_unlearn.data.erased import num_learned_again
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.evaluation.metrics import tug_of_war
@@ -61,7 +64,8 @@ def describe_data(prepared: PreparedData) -> str:
     )
     if report.num_truncated or report.num_dropped:
         text += f"; {report.num_truncated} truncated, {report.num_dropped} dropped"
-    return text
+    before = erased_before(prepared)
+    return text if before is None else f"{text}; {before}"
 
 
 @dataclass(frozen=True)
@@ -83,14 +87,15 @@ def run_unlearning(job: JobConfig, console: Console) -> None:
     folder = output_folder(job.output)
     with claimed(folder):
         prepared = prepare_job(job)
-        console.print(describe_data(prepared), markup=False, highlight=False)
+        console.print(describe_data(prepared), markup=False, highlight=False, soft_wrap=True)
+        warn_of_reference(job, prepared, console)
         _warn_of_samples(job, prepared, console)
         with started(job, prepared, folder, console) as run:
             found = _unlearn(run)
         _warn_of_rounding(found.survival, console)
         _warn_of_damage(found.rounds[-1], console)
         rows = _rows(found.rounds, found.reference)
-        write_pictures(folder, f"Unlearning run {folder.name}", found.rounds, rows)
+        write_pictures(folder, f"Unlearning run {folder.name}", describe_data(prepared), found.rounds, rows)
     console.print(comparison_table(rows))
     _print_end(console, folder, found.rounds, found.survival, found.mode)
 
@@ -115,8 +120,7 @@ def _unlearn(run: Run) -> _Outcome:
             run.folder,
             job,
             run.origin,
-            prepared.corpus,
-            prepared.partition,
+            prepared,
             rounds,
             survival,
             files,
@@ -125,6 +129,23 @@ def _unlearn(run: Run) -> _Outcome:
         )
     run.log.log("surviving_update", 0, asdict(survival))
     return _Outcome(rounds, reference, survival, mode)
+
+
+def warn_of_reference(job: JobConfig, prepared: PreparedData, console: Console) -> None:
+    """Say where a retrained reference, by its own record, was not trained without what is erased."""
+    if job.retrained is None:
+        return
+    partition, path = prepared.partition, Path(expand_home(job.retrained))
+    erased = np.concatenate([*partition.forget_rounds, prepared.erased.indices])
+    ids = sorted({prepared.corpus.record_ids[int(index)] for index in erased})
+    known = num_learned_again(path, ids) if path.is_dir() else None
+    if known:
+        console.print(
+            f"warning: the record of the retrained reference does not leave out {known} of {len(ids)} erased records: "
+            "unless they were not in its data, the Tug-of-War compares with a model that knows them.",
+            style="yellow",
+            markup=False,
+        )
 
 
 def _samples(job: JobConfig, prepared: PreparedData) -> bool:
@@ -189,6 +210,7 @@ def _run_rounds(run: Run, reference: dict[str, SetScores] | None) -> list[RoundR
                     solver=job.solver,
                     curvature=job.curvature,
                     earlier_forget=prepared.partition.forget_rounds[:index],
+                    erased_before=prepared.partition.erased_before,
                     max_evaluated_records=job.evaluation.max_records_per_set,
                     on_step=on_step,
                 ),
@@ -207,7 +229,10 @@ def _write_checkpoint(run: Run, model: ModelConfig, rounds: Sequence[RoundRecord
     job, folder = run.job, run.folder
     with complete_folder(folder / "checkpoint", job.overwrite, result_papers(folder)) as staging:
         survival = run.workers.export(str(staging.resolve()), model, job.save)
-        (staging / "README.md").write_text(model_card(job.model.path, card_lines(rounds, survival)), encoding="utf-8")
+        (staging / "README.md").write_text(
+            model_card(job.model.path, card_lines(rounds, survival, run.prepared)), encoding="utf-8"
+        )
+        result_mark(run.origin, run.prepared, run.prepared.partition.forget_rounds).write(staging)
         return survival, hash_folder(staging)  # hashed before it is in place: its record follows at once
 
 

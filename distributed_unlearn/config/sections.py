@@ -23,6 +23,20 @@ class ModelConfig(StrictModel):
     """`all`, or shell patterns matched against parameter names, e.g. `["*.mlp.*", "*.norm.weight"]`."""
 
 
+class ErasedConfig(StrictModel):
+    """Records that earlier jobs erased from the checkpoint, for where its record cannot tell; ids may be unknown."""
+
+    subjects: tuple[str, ...] = ()
+    record_ids: tuple[str, ...] = ()
+    ids_file: str | None = None
+
+    @model_validator(mode="after")
+    def _names_something(self) -> "ErasedConfig":
+        if not (self.subjects or self.record_ids or self.ids_file):
+            raise ValueError("an empty selection; name subjects, record_ids or ids_file, or remove data.erased")
+        return self
+
+
 class DataConfig(StrictModel):
     """The training records: anything that `datasets` loads, and how a row becomes prompt and answer."""
 
@@ -50,6 +64,9 @@ class DataConfig(StrictModel):
     """What happens to longer records. `drop` never drops a record that is named (forget, holdout): that is refused."""
     pad_token: str | None = None
     """A token of the vocabulary to pad with, for tokenizers that have none (Llama 3's); it is masked everywhere."""
+    erased: ErasedConfig | None = None
+    """Erased before: in no retain, holdout or training set. Beside what the checkpoint's own record tells, or in its
+    place where that is lost."""
 
 
 class SelectionConfig(StrictModel):

@@ -1,12 +1,13 @@
 """From a job's model and data sections to an encoded corpus and its partition, without touching the weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from distributed_unlearn.config import DataConfig, ModelConfig, SelectionConfig
 from distributed_unlearn.data.corpus import TextRecord, load_records
 from distributed_unlearn.data.encoding import EncodedCorpus, EncodingReport, encode_records, join
+from distributed_unlearn.data.erased import ErasedBefore, checkpoint_lineage, find_erased
 from distributed_unlearn.data.selection import Partition, partition_records, read_ids
 from distributed_unlearn.errors import DataError, ModelError
 from distributed_unlearn.models.checkpoint import find_commit, load_model_config
@@ -23,6 +24,8 @@ class PreparedData:
     """Of the training records and a separate holdout file together."""
     commit: str | None = None
     """What the model's hub name and revision stood for when the data was prepared; None for a folder."""
+    erased: ErasedBefore = field(default_factory=ErasedBefore)
+    """What earlier jobs erased from the model."""
 
 
 def prepare_data(
@@ -38,6 +41,7 @@ def prepare_data(
     """
     commit = find_commit(model)
     model = model.model_copy(update={"revision": commit or model.revision})
+    lineage = checkpoint_lineage(model, data.erased)
     hf_config = load_model_config(model)
     length = context_length(hf_config, data.max_length)
     tokenizer = load_tokenizer(model, data.pad_token)
@@ -55,7 +59,9 @@ def prepare_data(
         held, held_report = encode_records(extra, tokenizer, length, data.too_long, frozenset())
         corpus, report = join((corpus, held)), _both(report, held_report)
     _refuse_tokens_beyond(model, hf_config, corpus)
-    return PreparedData(corpus, partition_records(corpus, forget, holdout, num_main), report, commit)
+    erased = find_erased(lineage, data.erased, corpus)
+    partition = partition_records(corpus, forget, holdout, num_main, erased.sets)
+    return PreparedData(corpus, partition, report, commit, erased)
 
 
 def _both(first: EncodingReport, second: EncodingReport) -> EncodingReport:

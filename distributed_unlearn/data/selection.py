@@ -20,7 +20,9 @@ class Partition:
     holdout: np.ndarray
     """Records that were never trained on."""
     training: np.ndarray
-    """All records that were trained on: forget sets and retain set, never the holdout."""
+    """All records that may be trained on: never the holdout, nor what an earlier job erased."""
+    erased_before: tuple[np.ndarray, ...] = ()
+    """What earlier jobs erased, one set for each of their rounds; without what this job forgets once more."""
 
     def retain(self, round_index: int) -> np.ndarray:
         """The training records that no round up to and including `round_index` forgets.
@@ -63,21 +65,24 @@ def partition_records(
     forget_selections: Sequence[SelectionConfig],
     holdout_selection: SelectionConfig | None,
     num_main_records: int,
+    erased: Sequence[np.ndarray] = (),
 ) -> Partition:
-    """Split a corpus into forget sets, holdout set and the rest.
+    """Split a corpus into forget sets, holdout set, what was erased before, and the rest.
 
     Args:
         corpus: The training records, followed by those of a separate holdout file if there is one.
         forget_selections: One per round, in order.
         holdout_selection: Held-out records among the first `num_main_records`, besides those of a separate file.
         num_main_records: Records at this index and after come from the holdout file and are all held out.
+        erased: Records that earlier jobs erased, one set for each of their rounds. They may be forgotten once more,
+            but neither retained nor held out.
 
     Returns:
         The partition.
 
     Raises:
-        DataError: unknown ids, a record both to be forgotten and held out, a record forgotten in two rounds, an
-            empty forget or holdout set, or nothing left to retain.
+        DataError: unknown ids, a record both to be forgotten and held out, a record forgotten in two rounds, a record
+            held out that was erased before, an empty forget or holdout set, or nothing left to retain.
     """
     assert 0 <= num_main_records <= corpus.num_records
     rounds = tuple(resolve(selection, corpus) for selection in forget_selections)
@@ -86,35 +91,53 @@ def partition_records(
     holdout = _union((chosen, separate))
     if holdout_selection is not None and len(holdout) == 0:
         raise DataError("an empty holdout set", "at least one record", "name records in holdout")
-    for round_index, forget in enumerate(rounds):
-        if len(forget) == 0:
-            raise DataError(f"an empty forget set in round {round_index}", "at least one record", "name records")
-        both = np.intersect1d(forget, holdout)
-        if len(both):
-            raise DataError(
-                f"{len(both)} record(s) both to be forgotten (round {round_index}) and held out, "
-                f"e.g. {_some_ids(corpus, both)}",
-                "a holdout set that was never trained on",
-                "take them out of forget or out of holdout",
-            )
-        twice = np.intersect1d(forget, _union(rounds[:round_index]))
-        if len(twice):
-            raise DataError(
-                f"{len(twice)} record(s) of round {round_index} that an earlier round forgets, "
-                f"e.g. {_some_ids(corpus, twice)}",
-                "every record in one round at most",
-                "remove them from the later round",
-            )
-    training = np.setdiff1d(np.arange(num_main_records, dtype=np.int64), holdout)
-    partition = Partition(rounds, holdout, training)
+    _refuse_overlaps(corpus, rounds, holdout)
+    gone = _union(erased)
+    _refuse_known_holdout(corpus, np.intersect1d(holdout, gone))
+    training = np.setdiff1d(np.arange(num_main_records, dtype=np.int64), _union((holdout, gone)))
+    forgotten = _union(rounds)
+    partition = Partition(rounds, holdout, training, tuple(np.setdiff1d(part, forgotten) for part in erased))
     if len(partition.retain(len(rounds) - 1)) == 0:
         raise DataError(
-            f"no record left to retain: {len(_union(rounds))} to be forgotten and {len(holdout)} held out of "
-            f"{corpus.num_records}",
+            f"no record left to retain: {len(forgotten)} to be forgotten, {len(holdout)} held out and {len(gone)} "
+            f"erased before of {corpus.num_records}",
             "at least one record that stays",
             "forget or hold out fewer records",
         )
     return partition
+
+
+def _refuse_overlaps(corpus: EncodedCorpus, rounds: Sequence[np.ndarray], holdout: np.ndarray) -> None:
+    for index, forget in enumerate(rounds):
+        number = index + 1
+        if len(forget) == 0:
+            raise DataError(f"an empty forget set in round {number}", "at least one record", "name records")
+        both = np.intersect1d(forget, holdout)
+        if len(both):
+            raise DataError(
+                f"{len(both)} record(s) both to be forgotten (round {number}) and held out, "
+                f"e.g. {_some_ids(corpus, both)}",
+                "a holdout set that was never trained on",
+                "take them out of forget or out of holdout",
+            )
+        twice = np.intersect1d(forget, _union(rounds[:index]))
+        if len(twice):
+            raise DataError(
+                f"{len(twice)} record(s) of round {number} that an earlier round forgets, "
+                f"e.g. {_some_ids(corpus, twice)}",
+                "every record in one round at most",
+                "remove them from the later round",
+            )
+
+
+def _refuse_known_holdout(corpus: EncodedCorpus, known: np.ndarray) -> None:
+    if len(known):
+        raise DataError(
+            f"{len(known)} record(s) held out that were erased from the checkpoint before, e.g. "
+            f"{_some_ids(corpus, known)}",
+            "a holdout set that was never trained on",
+            "take them out of holdout",
+        )
 
 
 def _union(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -24,5 +24,5 @@ class RoundRecord:
     steps: tuple[StepRecord, ...]
     before: dict[str, SetScores]
     after: dict[str, SetScores]
-    """Keys `forget`, `retain`, `holdout` and, for earlier rounds, `forget_round_<k>`."""
+    """Keys `forget`, `retain`, `holdout`; `forget_round_<k>` of earlier rounds, `erased_before_<k>` of earlier jobs."""
     tug_of_war: float | None = None

@@ -40,6 +40,8 @@ class RoundTask:
     solver: SolverConfig
     curvature: CurvatureConfig
     earlier_forget: tuple[np.ndarray, ...] = ()
+    erased_before: tuple[np.ndarray, ...] = ()
+    """What earlier jobs erased; scored like what earlier rounds forgot."""
     max_evaluated_records: int | None = None
     on_step: Callable[[StepRecord, dict[str, float]], None] = field(default=lambda record, extra: None)
 
@@ -56,6 +58,8 @@ def _sets(task: RoundTask) -> dict[str, np.ndarray]:
     sets = {"forget": task.forget, "retain": task.retain, "holdout": task.holdout}
     for index, earlier in enumerate(task.earlier_forget):
         sets[f"forget_round_{index}"] = earlier
+    for index, earlier in enumerate(task.erased_before):
+        sets[f"erased_before_{index}"] = earlier
     limit = task.max_evaluated_records
     if limit is None:
         return sets

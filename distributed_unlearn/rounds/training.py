@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distributed_unlearn.config import SaveConfig
 from distributed_unlearn.files import complete_folder
-from distributed_unlearn.provenance import hash_folder
+from distributed_unlearn.provenance import Mark, hash_folder
 from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.messages import TrainingSpec
 
@@ -42,17 +42,22 @@ def run_training(workers: Workers, task: TrainingTask) -> list[float]:
     return losses
 
 
-def write_trained(workers: Workers, task: TrainingTask, papers: Sequence[Path] = ()) -> dict[str, str]:
+def write_trained(
+    workers: Workers, task: TrainingTask, papers: Sequence[Path] = (), mark: Mark | None = None
+) -> dict[str, str]:
     """Write the trained model to `task.destination`.
 
     Args:
         workers: Workers on which `run_training` has just ended.
         task: As given to it.
         papers: What tells of the checkpoint that is replaced, see `complete_folder`.
+        mark: What the checkpoint says of itself.
 
     Returns:
         The hashes of what was written.
     """
     with complete_folder(task.destination, task.overwrite, papers) as staging:
         workers.export(str(staging.resolve()), task.spec.model, task.save)
+        if mark is not None:
+            mark.write(staging)
         return hash_folder(staging)

@@ -75,13 +75,15 @@ def test_no_holdout_and_no_rounds():
 
 def test_contradictions_are_refused():
     corpus = make_corpus()
-    with pytest.raises(DataError, match="1 record.*forgotten .round 0. and held out, e.g. 'r1'"):
+    with pytest.raises(DataError, match="1 record.*forgotten .round 1. and held out, e.g. 'r1'"):
         partition_records(corpus, [select("r0", "r1")], select("r1", "r2"), 10)
     with pytest.raises(DataError, match="1 record.*held out, e.g. 'r9'"):
         partition_records(corpus, [select("r9")], SelectionConfig(path="holdout.jsonl"), 8)
-    with pytest.raises(DataError, match="1 record.*round 2 that an earlier round forgets, e.g. 'r0'"):
+    with pytest.raises(DataError, match="1 record.*round 3 that an earlier round forgets, e.g. 'r0'"):
         partition_records(corpus, [select("r0"), select("r1"), select("r0", "r2")], None, 10)
-    with pytest.raises(DataError, match="no record left to retain: 9 to be forgotten and 1 held out of 10"):
+    with pytest.raises(
+        DataError, match="no record left to retain: 9 to be forgotten, 1 held out and 0 erased before of 10"
+    ):
         partition_records(corpus, [select(*(f"r{index}" for index in range(9)))], select("r9"), 10)
     with pytest.raises(DataError, match="empty holdout set"):
         partition_records(corpus, [select("r0")], SelectionConfig(path="holdout.jsonl"), 10)
