@@ -174,7 +174,7 @@ def test_a_kill_leaves_the_old_result(tmp_path):
     program = f"""
         import time
         from pathlib import Path
-        from distributed_unlearn.checkpoints import complete_folder
+        from distributed_unlearn.files import complete_folder
         with complete_folder(Path({str(destination)!r}), overwrite=True) as staging:
             (staging / "new").write_text("new")
             print("written", flush=True)
