@@ -79,10 +79,12 @@ class Linearisation:
         segmented: the model and its segments; the model in `eval()` mode.
         store: weights and tangents of a segment, sums of its results.
         inputs: keyword arguments of the model's forward, e.g. input_ids [B, T] and attention_mask [B, T].
-        loss_of_logits: this rank's share of the objective, from logits [B, T, V] to a scalar.
+        loss_of_logits: this rank's share of the objective, from logits to a scalar.
         product: `hessian` is d2L/dw2, `gauss_newton` is J' (d2L/dlogits2) J with J = dlogits/dw.
         cached: keep every block's gradient graph between products.
         keep_forward: keep the blocks' graphs from forward to backward (a gradient then costs 3F, not 4F).
+        positions: int64 [N] into [B * T]: the loss is given the logits [N, V] of these alone, and no others are
+            computed; None: it is given all that the model returns.
     """
 
     def __init__(
@@ -94,8 +96,9 @@ class Linearisation:
         product: Product = "hessian",
         cached: bool = False,
         keep_forward: bool = False,
+        positions: Tensor | None = None,
     ) -> None:
-        self._segmented, self._store, self._inputs = segmented, store, inputs
+        self._segmented, self._store, self._inputs, self._positions = segmented, store, inputs, positions
         self._loss_of_logits, self._product, self._cached = loss_of_logits, product, cached
         self._keep_forward = cached or keep_forward
         self._trace: Trace | None = None
@@ -153,7 +156,7 @@ class Linearisation:
         model, given = self._segmented.model, [t for t in self._inputs.values() if isinstance(t, Tensor)]
         held = HeldStorages([*model.parameters(), *model.buffers(), *given])
         other = Linearisation(
-            self._segmented, self._store, self._inputs, self._loss_of_logits, self._product, cached=True
+            self._segmented, self._store, self._inputs, self._loss_of_logits, self._product, True, True, self._positions
         )
         with held.watching():
             other._new_trace(other._evaluate_block)
@@ -188,7 +191,7 @@ class Linearisation:
         self._trace = Trace(self._root_leaves())
         model, blocks = self._segmented.model, self._segmented.blocks
         inputs = {**self._segmented.constants, **self._inputs}
-        trace_forward(self._trace, model, blocks, inputs, self._loss_of_logits, evaluate_block)
+        trace_forward(self._trace, model, blocks, inputs, self._loss_of_logits, evaluate_block, self._positions)
         return self._trace
 
     def _release(self) -> None:

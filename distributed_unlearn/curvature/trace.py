@@ -18,10 +18,11 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distributed_unlearn.curvature.gradient_graph import edge_of
+from distributed_unlearn.curvature.head import rows_before_head
 from distributed_unlearn.errors import ModelError
 
 LossOfLogits = Callable[[Tensor], Tensor]
-"""Logits [B, T, V] -> this rank's share of the objective, a scalar."""
+"""Logits, the chosen rows [N, V] or all that the model returns -> this rank's share of the objective, a scalar."""
 
 
 class _ForwardOnly(nn.Module):
@@ -157,8 +158,11 @@ def trace_forward(
     inputs: dict[str, Any],
     loss_of_logits: LossOfLogits,
     evaluate_block: BlockEvaluator,
+    positions: Tensor | None = None,
 ) -> None:
     """Run the model's forward once with all blocks cut, and fill `trace` on the way.
+
+    Only the logits of `positions` are computed where these are given (see `rows_before_head`).
 
     The root graph is kept; the blocks leave values only. A block's further outputs (attention weights) become
     leaves that nothing may differentiate by: they may be returned, but not used on the way to the logits. All
@@ -186,9 +190,10 @@ def trace_forward(
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(_forward_replaced(block, replacement(block)))
+        selection = stack.enter_context(rows_before_head(model, positions))
         output = functional_call(model, trace.root_leaves, (), inputs, tie_weights=True)
-        trace.logits = output.logits
-        trace.loss = loss_of_logits(output.logits)
+        trace.logits = selection.rows(output.logits)
+        trace.loss = loss_of_logits(trace.logits)
     if [id(call.block) for call in trace.calls] != [id(block) for block in blocks]:
         raise ModelError(
             f"{len(trace.calls)} block calls for {len(blocks)} blocks, or another order",

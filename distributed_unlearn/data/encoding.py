@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from distributed_unlearn.data.batches import PredictionBatch
 from distributed_unlearn.data.corpus import TextRecord
 from distributed_unlearn.errors import DataError, ModelError
 
@@ -20,8 +22,8 @@ SMALLEST_WIDTH = 8
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedCorpus:
-    """All records' tokens in one array, cheap to share without copies through an object store.
+class TokenCorpus:
+    """All records' tokens in one array, cheap to share without copies through an object store; a `Corpus`.
 
     Record `i` owns `tokens[offsets[i]:offsets[i + 1]]`; its first `prompt_lengths[i]` tokens are given, the rest
     is predicted. `prompt_lengths[i] >= 1` always, since nothing predicts a first token.
@@ -33,18 +35,20 @@ class EncodedCorpus:
     """int64 [num_records + 1]."""
     prompt_lengths: np.ndarray
     """int32 [num_records]."""
-    record_ids: tuple[str, ...]
-    subject_ids: tuple[str | None, ...]
     pad_token_id: int
 
     def __post_init__(self) -> None:
-        assert len(self.offsets) == len(self.record_ids) + 1 == len(self.subject_ids) + 1
-        assert len(self.prompt_lengths) == len(self.record_ids) and self.offsets[-1] == len(self.tokens)
+        assert len(self.offsets) == len(self.prompt_lengths) + 1 and self.offsets[-1] == len(self.tokens)
 
     @property
     def num_records(self) -> int:
         """Number of records."""
-        return len(self.record_ids)
+        return len(self.prompt_lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest record."""
+        return int(np.diff(self.offsets).max(initial=1))
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens per record, prompt and answer: int64, the shape of `indices`."""
@@ -53,6 +57,26 @@ class EncodedCorpus:
     def num_answer_tokens(self, indices: np.ndarray) -> np.ndarray:
         """Predicted tokens per record, at least 1: int64, the shape of `indices`."""
         return self.lengths(indices) - self.prompt_lengths[indices]
+
+    def batch(self, indices: np.ndarray) -> PredictionBatch:
+        """See `Corpus.batch`."""
+        return collate(self, indices).predictions()
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedCorpus(TokenCorpus):
+    """The driver's corpus: tokens, and whose they are."""
+
+    record_ids: tuple[str, ...]
+    subject_ids: tuple[str | None, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.num_records == len(self.record_ids) == len(self.subject_ids)
+
+    def without_ids(self) -> TokenCorpus:
+        """What workers need: they never read an id, and so are sent none."""
+        return TokenCorpus(self.tokens, self.offsets, self.prompt_lengths, self.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,19 @@ class TokenBatch:
     """int64 [B, T]; from the lengths, so a pad token inside a record stays visible."""
     answer_mask: torch.Tensor
     """bool [B, T]; True at the positions `t >= 1` whose token is to be predicted from position `t - 1`."""
+
+    def predictions(self) -> PredictionBatch:
+        """The same as model inputs, and the positions, labels and records of the answer tokens in row order."""
+        wanted = self.answer_mask.clone()
+        wanted[:, 0] = False
+        record, position = wanted.nonzero(as_tuple=True)
+        return PredictionBatch(
+            inputs={"input_ids": self.input_ids, "attention_mask": self.attention_mask},
+            positions=record * wanted.shape[1] + position - 1,
+            labels=self.input_ids[record, position],
+            record=record,
+            num_rows=len(wanted),
+        )
 
 
 @dataclass(frozen=True)
@@ -166,8 +203,11 @@ def join(corpora: Sequence[EncodedCorpus]) -> EncodedCorpus:
     )
 
 
-def collate(corpus: EncodedCorpus, indices: np.ndarray, pad_to_multiple: int = 8) -> TokenBatch:
-    """Pad records on the right to a common width, a multiple of `pad_to_multiple` positions.
+def collate(corpus: TokenCorpus, indices: np.ndarray, pad_to_multiple: int = 8) -> TokenBatch:
+    """Pad records on the right to a common width: a multiple of `pad_to_multiple`, or the longest record's length.
+
+    The longest record fits into the model's context; a width rounded up beyond it need not, and positions that are
+    learned end there.
 
     Args:
         corpus: The tokens.
@@ -183,8 +223,8 @@ def collate(corpus: EncodedCorpus, indices: np.ndarray, pad_to_multiple: int = 8
     lengths, prompt_lengths = corpus.lengths(indices), corpus.prompt_lengths[indices]
     if len(indices) == 0:
         lengths = prompt_lengths = np.array([1])
-    widest = int(lengths.max()) if len(indices) else SMALLEST_WIDTH
-    width = -(-widest // pad_to_multiple) * pad_to_multiple
+    widest = int(lengths.max()) if len(indices) else min(SMALLEST_WIDTH, corpus.longest)
+    width = min(-(-widest // pad_to_multiple) * pad_to_multiple, max(corpus.longest, widest))
     input_ids = np.full((len(lengths), width), corpus.pad_token_id, dtype=np.int64)
     for row, index in enumerate(indices):
         input_ids[row, : lengths[row]] = corpus.tokens[corpus.offsets[index] : corpus.offsets[index + 1]]

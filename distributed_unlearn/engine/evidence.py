@@ -1,35 +1,60 @@
-"""Teacher-forced scores of records at the current weights, over all ranks."""
+"""Teacher-forced evidence at the current weights, over all ranks: one row per prediction of every record."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from distributed_unlearn.curvature.linearisation import Linearisation
-from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.data.batches import Corpus, PredictionBatch
 from distributed_unlearn.engine.inputs import scoring_micro_batches
 from distributed_unlearn.engine.model import OpenedModel
+from distributed_unlearn.objectives.predictions import Predictions
+from distributed_unlearn.objectives.token_terms import log_odds
+from distributed_unlearn.workers.evidence import PredictionEvidence
 from distributed_unlearn.workers.messages import Indices, RecordScores
 
 
-def score_records(opened: OpenedModel, corpus: EncodedCorpus, indices: Indices, micro_batch_size: int) -> RecordScores:
+class _Noted:
+    """A `LossOfLogits` that notes what every prediction is worth, and returns zero."""
+
+    def __init__(self, batch: PredictionBatch) -> None:
+        self._batch = batch
+        self.columns: tuple[Tensor, Tensor, Tensor] = (torch.empty(0),) * 3
+        """nll, log-odds and hits, [N] each."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits [N, V] -> zero."""
+        rows = torch.zeros(self._batch.num_rows, dtype=torch.bool, device=logits.device)
+        seen = Predictions(logits, self._batch.labels, self._batch.record, rows, rows.double())
+        self.columns = (seen.nll, log_odds(seen.wide, seen.labels), seen.hits)
+        return logits.new_zeros(())
+
+
+def gather_evidence(opened: OpenedModel, corpus: Corpus, indices: Indices, micro_batch_size: int) -> PredictionEvidence:
+    """What every prediction of some records is worth, each record seen once whatever the number of ranks.
+
+    Args:
+        opened: the model at its current weights.
+        corpus: the records.
+        indices: which of them, distinct; the caller keeps the number small enough for one call.
+        micro_batch_size: records that go through the model at once.
+
+    Returns:
+        Sorted by record, the same on every rank. All ranks must call this.
+    """
+    communicator, parts = opened.communicator, []
+    for chosen in scoring_micro_batches(corpus, indices, communicator.rank, communicator.world_size, micro_batch_size):
+        batch = corpus.batch(chosen).to(communicator.device)
+        noted = _Noted(batch)
+        Linearisation(opened.segmented, opened.store, batch.inputs, noted, positions=batch.positions).loss()
+        counts = corpus.num_answer_tokens(chosen)
+        assert counts.sum() == len(batch.labels), "a batch whose predictions are not those of its records"
+        nll, odds, hits = (column.cpu().numpy() for column in noted.columns)
+        parts.append(PredictionEvidence(chosen, counts, nll.astype(np.float64), odds.astype(np.float64), hits))
+    gathered = [part for of_rank in communicator.gather_objects(parts) for part in of_rank]  # type: ignore[attr-defined]
+    return PredictionEvidence.joined(gathered)
+
+
+def score_records(opened: OpenedModel, corpus: Corpus, indices: Indices, micro_batch_size: int) -> RecordScores:
     """Score every record once, whatever the number of ranks; sorted by index. All ranks must call this."""
-    communicator = opened.communicator
-    parts = []
-    for chosen, inputs, loss in scoring_micro_batches(
-        corpus, indices, communicator.rank, communicator.world_size, micro_batch_size, communicator.device
-    ):
-        Linearisation(opened.segmented, opened.store, inputs, loss).loss()
-        count = len(chosen)  # an empty micro-batch has one dummy row
-        parts.append(
-            (
-                chosen,
-                loss.nll[:count].double().cpu().numpy(),
-                loss.num_tokens[:count].cpu().numpy(),
-                loss.num_correct[:count].cpu().numpy(),
-            )
-        )
-    gathered = [part for rank_parts in communicator.gather_objects(parts) for part in rank_parts]  # type: ignore[attr-defined]
-    if not gathered:
-        empty = np.empty(0, dtype=np.int64)
-        return RecordScores(empty, empty.astype(np.float64), empty, empty)
-    columns = [np.concatenate(column) for column in zip(*gathered, strict=True)]
-    order = np.argsort(columns[0], kind="stable")
-    return RecordScores(*(column[order] for column in columns))
+    return gather_evidence(opened, corpus, indices, micro_batch_size).per_record()

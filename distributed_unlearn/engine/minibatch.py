@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from distributed_unlearn.curvature.linearisation import Linearisation
-from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.data.sampling import draw
 from distributed_unlearn.engine.inputs import MicroBatch, Minibatch, local_micro_batches
 from distributed_unlearn.engine.model import OpenedModel
-from distributed_unlearn.objectives.objective import build_objective
+from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.workers.messages import RoundSpec
 
 
@@ -34,7 +34,7 @@ class MinibatchObjective:
     Vectors are flat shards, [vector_numel] in the master's dtype.
     """
 
-    def __init__(self, opened: OpenedModel, corpus: EncodedCorpus, spec: RoundSpec) -> None:
+    def __init__(self, opened: OpenedModel, corpus: Corpus, spec: RoundSpec) -> None:
         self._opened, self._corpus, self._spec = opened, corpus, spec
         self._objective = build_objective(spec.objective, spec.holdout_loss)
         self._gradient_batches: list[MicroBatch] = []
@@ -123,9 +123,16 @@ class MinibatchObjective:
         store = opened.exact_store if exact else opened.store
         return [
             Linearisation(
-                opened.segmented, store, batch.inputs, batch.loss, product, cached=cached, keep_forward=keep_forward
+                opened.segmented,
+                store,
+                micro.batch.inputs,
+                micro.loss,
+                product,
+                cached=cached,
+                keep_forward=keep_forward,
+                positions=micro.batch.positions,
             )
-            for batch in batches
+            for micro in batches
         ]
 
     def _choose_mode(self, batches: list[MicroBatch]) -> bool:

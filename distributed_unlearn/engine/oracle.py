@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.engine.minibatch import MinibatchObjective
 from distributed_unlearn.engine.model import OpenedModel
 from distributed_unlearn.engine.optimizer import ShardedOptimizer
@@ -23,7 +23,7 @@ from distributed_unlearn.workers.messages import RoundSpec
 class ShardedOracle:
     """One round's step oracle on this rank's shards."""
 
-    def __init__(self, opened: OpenedModel, corpus: EncodedCorpus, spec: RoundSpec) -> None:
+    def __init__(self, opened: OpenedModel, corpus: Corpus, spec: RoundSpec) -> None:
         self._opened, self._spec = opened, spec
         self._minibatch = MinibatchObjective(opened, corpus, spec)
         self._gradient = torch.zeros_like(opened.weights.master)

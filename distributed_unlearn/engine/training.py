@@ -12,14 +12,15 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.nn import functional
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distributed_unlearn.config import TrainConfig
-from distributed_unlearn.data.encoding import EncodedCorpus, collate
+from distributed_unlearn.curvature.head import rows_before_head
+from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.data.sampling import cut, draw, micro_batches, num_micro_batches
 from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.errors import NumericalError
-from distributed_unlearn.objectives.losses import token_nll
 from distributed_unlearn.workers.messages import TrainingPlan, TrainingSpec
 
 
@@ -54,7 +55,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        corpus: EncodedCorpus,
+        corpus: Corpus,
         spec: TrainingSpec,
         communicator: Communicator,
     ) -> None:
@@ -104,11 +105,10 @@ class Trainer:
         local = 0.0
         scale = communicator.world_size * plan.accumulation_steps / num_tokens
         for part in micro_batches(mine, plan.micro_batch_size, plan.accumulation_steps):
-            tokens = collate(self._corpus, part)
-            ids, mask = tokens.input_ids.to(communicator.device), tokens.attention_mask.to(communicator.device)
-            with self._accelerator.accumulate(self._engine):
-                logits = self._engine(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                nll = token_nll(logits, ids, tokens.answer_mask.to(communicator.device))[0].sum()
+            batch = self._corpus.batch(part).to(communicator.device)
+            with self._accelerator.accumulate(self._engine), rows_before_head(self.model, batch.positions) as selection:
+                logits = selection.rows(self._engine(**batch.inputs, use_cache=False).logits)
+                nll = functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
                 self._accelerator.backward(nll * scale)
                 self._optimizer.step()
                 self._optimizer.zero_grad()

@@ -16,7 +16,7 @@ import transformers
 
 from distributed_unlearn.config import ModelConfig, ModelTask, SaveConfig
 from distributed_unlearn.curvature.segments import trainable_names
-from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.engine.check import check_curvature
 from distributed_unlearn.engine.communicator import Communicator, RankSpec, connect, open_store
 from distributed_unlearn.engine.create import create_checkpoint
@@ -63,7 +63,7 @@ class Worker:
         self._store: dist.Store | None = None
         self._communicator: Communicator | None = None
         self._opened: OpenedModel | None = None
-        self._corpus: EncodedCorpus | None = None
+        self._corpus: Corpus | None = None
         self._oracle: ShardedOracle | None = None
         self._initial: torch.Tensor | None = None
         self._round_start: torch.Tensor | None = None
@@ -126,7 +126,7 @@ class Worker:
         assert self._initial is not None
         self.opened.weights.set_master(self._initial.to(self.communicator.device))
 
-    def set_corpus(self, corpus: EncodedCorpus) -> None:
+    def set_corpus(self, corpus: Corpus) -> None:
         """Use this corpus from now on; not collective."""
         self._corpus = corpus
 

@@ -9,6 +9,9 @@ from distributed_unlearn.evaluation.metrics import score_set
 from distributed_unlearn.records import SetScores
 from distributed_unlearn.workers.client import Workers
 
+_MICRO_BATCHES_PER_CALL = 64
+"""Of one scoring call, a rank: bounds its time, which is limited, and the rows that ranks send each other."""
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -31,9 +34,12 @@ class Scores:
 
 
 def score(workers: Workers, indices: np.ndarray, micro_batch_size: int) -> Scores:
-    """Score records on all ranks."""
-    found = workers.score(np.unique(indices), micro_batch_size)
-    return Scores(found.indices, found.nll, found.num_tokens, found.num_correct)
+    """Score records on all ranks, in as many calls as it takes."""
+    wanted, size = np.unique(indices), _MICRO_BATCHES_PER_CALL * micro_batch_size * workers.world_size
+    calls = [wanted[start : start + size] for start in range(0, max(len(wanted), 1), size)]
+    found = [workers.score(chosen, micro_batch_size) for chosen in calls]
+    columns = [(part.indices, part.nll, part.num_tokens, part.num_correct) for part in found]
+    return Scores(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
 def evaluate_sets(

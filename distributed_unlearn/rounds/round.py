@@ -14,7 +14,7 @@ import numpy as np
 from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig
 from distributed_unlearn.data.sampling import draw
 from distributed_unlearn.errors import NumericalError
-from distributed_unlearn.objectives.objective import build_objective
+from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
 from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, score
 from distributed_unlearn.solvers.methods.first_order import FirstOrder

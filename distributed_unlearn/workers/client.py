@@ -6,7 +6,7 @@ A group calls whatever it is told to; `Workers` says what there is to call, with
 from typing import TypeVar
 
 from distributed_unlearn.config import ModelConfig, SaveConfig
-from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.data.batches import NamedCorpus
 from distributed_unlearn.records import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.workers.group import WorkerGroup
 from distributed_unlearn.workers.messages import (
@@ -56,9 +56,9 @@ class Workers:
         """Whether each rank reads `token` in the file `path`; in rank order."""
         return [bool(seen) for seen in self._group.call_all("can_see", path, token)]
 
-    def set_corpus(self, corpus: EncodedCorpus) -> None:
-        """Hand every rank the corpus; it is put once where all of a node can read it."""
-        self._group.call_all("set_corpus", self._group.share(corpus))
+    def set_corpus(self, corpus: NamedCorpus) -> None:
+        """Hand every rank the corpus without its ids; it is put once where all of a node can read it."""
+        self._group.call_all("set_corpus", self._group.share(corpus.without_ids()))
 
     def open_model(self, config: ModelConfig, dtype: str, zero_stage: int) -> ModelFacts:
         """Load a checkpoint into partitions; its weights become the ones that updates are measured from."""

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from distributed_unlearn.data.corpus import TextRecord
-from distributed_unlearn.data.encoding import collate, encode_records, join
+from distributed_unlearn.data.encoding import TokenCorpus, collate, encode_records, join
 from distributed_unlearn.demo.tokenizer import train_tokenizer
 from distributed_unlearn.errors import DataError, ModelError
 
@@ -212,7 +212,9 @@ def test_join_keeps_every_record(tokenizer):
 
 def test_collate_masks_and_padding():
     characters = character_tokenizer(bos=True)
-    corpus, _ = encode([pair("ab", "cdefghij", "x"), pair("abc", "d", "y")], characters)
+    corpus, _ = encode(
+        [pair("ab", "cdefghij", "x"), pair("abc", "d", "y"), pair("ab", "cdefghijklmn", "z")], characters
+    )
     batch = collate(corpus, np.array([1, 0]))
     assert batch.input_ids.shape == (2, 16) and batch.input_ids.dtype == torch.int64
     assert batch.attention_mask.sum(dim=1).tolist() == corpus.lengths(np.array([1, 0])).tolist()
@@ -233,10 +235,12 @@ def test_pad_token_inside_a_record_stays_visible():
 
 
 def test_no_records_give_a_batch_that_predicts_nothing():
-    corpus, _ = encode([pair("a", "b")], character_tokenizer())
+    corpus, _ = encode([pair("a", "bcdefghij")], character_tokenizer())
     batch = collate(corpus, np.zeros(0, dtype=np.int64))
     assert batch.input_ids.tolist() == [[0] * 8] and batch.attention_mask.tolist() == [[1] + [0] * 7]
     assert batch.answer_mask.shape == (1, 8) and not batch.answer_mask.any()
+    found = corpus.batch(np.zeros(0, dtype=np.int64))
+    assert found.num_rows == 1 and len(found.labels) == len(found.record) == 0
 
 
 def test_corpus_arrays_travel_out_of_band(tokenizer):
@@ -246,3 +250,39 @@ def test_corpus_arrays_travel_out_of_band(tokenizer):
     assert len(buffers) == 3
     copy = pickle.loads(stream, buffers=[bytes(buffer.raw()) for buffer in buffers])  # read-only, as from a store
     assert torch.equal(collate(copy, np.array([0])).input_ids, collate(corpus, np.array([0])).input_ids)
+
+
+@pytest.mark.parametrize("longest", [97, 100])
+def test_padding_never_passes_the_longest_record(longest):
+    """GPT-2 with 100 learned positions: a width of 104 would look up a position that does not exist."""
+    lengths = np.array([longest, 93, 20])
+    corpus = TokenCorpus(
+        np.zeros(lengths.sum(), dtype=np.int32), np.concatenate([[0], np.cumsum(lengths)]), np.full(3, 2, np.int32), 0
+    )
+    config = AutoConfig.for_model("gpt2", n_positions=100, n_embd=8, n_head=2, n_layer=1, vocab_size=11)
+    model = AutoModelForCausalLM.from_config(config)
+    for chosen, width in (([0], longest), ([0, 2], longest), ([1], min(longest, 96)), ([2], 24)):
+        batch = corpus.batch(np.array(chosen))
+        assert batch.inputs["input_ids"].shape[1] == width
+        assert model(**batch.inputs).logits.isfinite().all()
+
+
+def test_predictions_are_the_answer_tokens_in_row_order():
+    characters = character_tokenizer(bos=True)
+    corpus, _ = encode([pair("ab", "cd", "x"), pair("abc", "d", "y")], characters)
+    tokens, batch = collate(corpus, np.array([1, 0])), corpus.batch(np.array([1, 0]))
+    assert batch.record.tolist() == [0] * 3 + [1] * 4 and batch.num_rows == 2
+    width = tokens.input_ids.shape[1]
+    for position, label, record in zip(batch.positions, batch.labels, batch.record, strict=True):
+        row, at = divmod(int(position), width)
+        assert row == record and tokens.answer_mask[row, at + 1] and tokens.input_ids[row, at + 1] == label
+    moved = batch.to(torch.device("meta"))
+    assert {t.device.type for t in (*moved.inputs.values(), moved.positions, moved.labels, moved.record)} == {"meta"}
+
+
+def test_what_workers_are_sent_has_no_ids():
+    corpus, _ = encode([pair("a", "b", "whose-record-this-is")], character_tokenizer())
+    shared = corpus.without_ids()
+    assert b"whose-record" in pickle.dumps(corpus) and b"whose-record" not in pickle.dumps(shared)
+    assert type(shared) is TokenCorpus and shared.num_records == corpus.num_records
+    assert torch.equal(collate(shared, np.array([0])).input_ids, collate(corpus, np.array([0])).input_ids)

@@ -18,9 +18,8 @@ from distributed_unlearn.data.sampling import draw
 from distributed_unlearn.engine.check import CurvatureCheck
 from distributed_unlearn.engine.inputs import Minibatch, minibatch_totals
 from distributed_unlearn.engine.oracle import RoundSpec
-from distributed_unlearn.objectives.losses import token_nll
-from distributed_unlearn.objectives.objective import build_objective
-from distributed_unlearn.objectives.terms import SequenceBatch
+from distributed_unlearn.objectives.build import build_objective
+from distributed_unlearn.objectives.predictions import Predictions
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from tests.dense import FreeEntries
 from tests.engine.checkpoints import FORGET, RETAIN
@@ -161,8 +160,9 @@ def loss_on(corpus: EncodedCorpus, problem: Problem, minibatch: Minibatch) -> Ca
 
     def loss(module: torch.nn.Module) -> torch.Tensor:
         logits = module(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False).logits
-        nll, num_tokens = token_nll(logits, tokens.input_ids, tokens.answer_mask)
-        return objective(SequenceBatch(nll, num_tokens, is_forget, reference), totals)
+        record, position = (tokens.answer_mask & (torch.arange(tokens.answer_mask.shape[1]) > 0)).nonzero(as_tuple=True)
+        labels = tokens.input_ids[record, position]
+        return objective(Predictions(logits[record, position - 1], labels, record, is_forget, reference), totals)
 
     return loss
 

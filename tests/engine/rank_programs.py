@@ -20,7 +20,7 @@ from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.engine.inputs import local_micro_batches
 from distributed_unlearn.engine.worker import Worker
 from distributed_unlearn.errors import UserError
-from distributed_unlearn.objectives.objective import build_objective
+from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton
 from distributed_unlearn.workers.messages import TrainingSpec
 from distributed_unlearn.workers.remote_oracle import RemoteOracle
@@ -125,10 +125,11 @@ def sweep(
     )
     gradient, product = torch.zeros_like(vector), torch.zeros_like(vector)
     local = torch.zeros(1, dtype=torch.float64)
-    for batch in batches:
+    for micro in batches:
         linearisation = Linearisation(
-            opened.segmented, opened.store, batch.inputs, batch.loss, cached=case.mode == "cached"
-        )
+            opened.segmented, opened.store, micro.batch.inputs, micro.loss, cached=case.mode == "cached",
+            positions=micro.batch.positions,
+        )  # fmt: skip
         local += linearisation.product(vector, product, gradient).double()
     return float(communicator.all_reduce_sum(local)[0]), gradient, product
 
@@ -152,7 +153,7 @@ def elements(worker: Worker, plan: Plan, stage: int) -> dict[str, int]:
 
 def _elements_of_calls(worker: Worker, plan: Plan) -> dict[str, int]:
     opened, communicator, spec = worker.opened, worker.communicator, round_spec(Problem())
-    [batch] = local_micro_batches(
+    [micro] = local_micro_batches(
         plan.corpus, minibatch_of(Problem(), 5), build_objective(spec.objective, HOLDOUT_LOSS), {},
         communicator.rank, communicator.world_size, 99, communicator.device,
     )  # fmt: skip
@@ -160,8 +161,9 @@ def _elements_of_calls(worker: Worker, plan: Plan) -> dict[str, int]:
 
     def linearise(cached: bool = False, keep_forward: bool = False) -> Linearisation:
         return Linearisation(
-            opened.segmented, opened.store, batch.inputs, batch.loss, cached=cached, keep_forward=keep_forward
-        )
+            opened.segmented, opened.store, micro.batch.inputs, micro.loss, cached=cached, keep_forward=keep_forward,
+            positions=micro.batch.positions,
+        )  # fmt: skip
 
     def moved(call: Any, *arguments: Any) -> int:
         before = communicator.num_elements_moved

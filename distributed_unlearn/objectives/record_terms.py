@@ -1,74 +1,32 @@
-"""The parts that objectives are made of: sums over local records, divided by counts of the global minibatch.
+"""Parts of objectives that look at records: sums over local records, divided by counts of the global minibatch.
 
 Every function here returns this rank's *share*: shares of all ranks and micro-batches add up to the value on
-the whole minibatch. A record without answer tokens is padding (an empty micro-batch has one) and counts
+the whole minibatch. A record without predictions is padding (an empty micro-batch has one) and counts
 nowhere: neither here nor in `MinibatchTotals`. A sum over no records is an exact 0 that still has a graph.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-
-@dataclass(frozen=True)
-class SequenceBatch:
-    """One micro-batch on this rank, one entry per record."""
-
-    nll: Tensor
-    """[B], float32 or float64: sum over answer tokens of `-log p`, nats; differentiable."""
-    num_tokens: Tensor
-    """[B], int64: answer tokens."""
-    is_forget: Tensor
-    """[B], bool."""
-    reference_nll: Tensor
-    """[B]: `nll` under the weights at the round's start, a constant; NaN where no objective reads it."""
-
-    def __post_init__(self) -> None:
-        shapes = [tuple(x.shape) for x in (self.nll, self.num_tokens, self.is_forget, self.reference_nll)]
-        assert len(set(shapes)) == 1 and len(shapes[0]) == 1, f"shapes {shapes}, expected four times [B]"
-        assert self.is_forget.dtype == torch.bool, f"is_forget is {self.is_forget.dtype}, not bool"
-
-    def of_role(self, is_forget: bool) -> "SequenceBatch":
-        """The forget (or the retain) records that have an answer; possibly none.
-
-        Rows are selected, never multiplied by zero, so that a NaN or an infinity in another row stays there.
-        """
-        chosen = (self.is_forget == is_forget) & (self.num_tokens > 0)
-        return SequenceBatch(
-            self.nll[chosen], self.num_tokens[chosen], self.is_forget[chosen], self.reference_nll[chosen]
-        )
+from distributed_unlearn.objectives.predictions import MinibatchTotals, Predictions
 
 
-@dataclass(frozen=True)
-class MinibatchTotals:
-    """Counts over the *global* minibatch: all ranks, all micro-batches."""
-
-    num_forget_records: int
-    num_retain_records: int
-    num_forget_tokens: int
-    num_retain_tokens: int
-
-    def __post_init__(self) -> None:
-        counts = (self.num_forget_records, self.num_retain_records, self.num_forget_tokens, self.num_retain_tokens)
-        assert min(counts) >= 0, f"negative count in {counts}"
-
-
-def retain_loss(batch: SequenceBatch, totals: MinibatchTotals) -> Tensor:
+def retain_loss(predictions: Predictions, totals: MinibatchTotals) -> Tensor:
     """Share of the retain loss, `sum of nll over retain records / num_retain_tokens`: nats per token."""
-    return batch.of_role(is_forget=False).nll.sum() / max(totals.num_retain_tokens, 1)
+    return predictions.records_of(is_forget=False).nll.sum() / max(totals.num_retain_tokens, 1)
 
 
-def forget_loss(batch: SequenceBatch, totals: MinibatchTotals) -> Tensor:
+def forget_loss(predictions: Predictions, totals: MinibatchTotals) -> Tensor:
     """Share of the forget loss, `sum of nll over forget records / num_forget_tokens`: nats per token."""
-    return batch.of_role(is_forget=True).nll.sum() / max(totals.num_forget_tokens, 1)
+    return predictions.records_of(is_forget=True).nll.sum() / max(totals.num_forget_tokens, 1)
 
 
-def forget_distance(batch: SequenceBatch, totals: MinibatchTotals, holdout_loss: float) -> Tensor:
+def forget_distance(predictions: Predictions, totals: MinibatchTotals, holdout_loss: float) -> Tensor:
     """Share of the mean over forget records of `|nll_i / L_i - holdout_loss|`: nats per token."""
-    forget = batch.of_role(is_forget=True)
+    forget = predictions.records_of(is_forget=True)
     return (forget.nll / forget.num_tokens - holdout_loss).abs().sum() / max(totals.num_forget_records, 1)
 
 
@@ -80,8 +38,8 @@ class ForgetTerm(Protocol):
         """Whether `reference_nll` is read."""
         ...
 
-    def __call__(self, batch: SequenceBatch, totals: MinibatchTotals) -> Tensor:
-        """This rank's share, scalar; forget records are picked out of `batch`."""
+    def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
+        """This rank's share, scalar; forget records are picked out."""
         ...
 
 
@@ -91,9 +49,9 @@ class AscentTerm:
 
     needs_reference = False
 
-    def __call__(self, batch: SequenceBatch, totals: MinibatchTotals) -> Tensor:
+    def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
         """`-(sum of nll over forget records) / num_forget_tokens`."""
-        return -forget_loss(batch, totals)
+        return -forget_loss(predictions, totals)
 
 
 @dataclass(frozen=True)
@@ -108,9 +66,9 @@ class NegativePreferenceTerm:
     beta: float
     needs_reference = True
 
-    def __call__(self, batch: SequenceBatch, totals: MinibatchTotals) -> Tensor:
+    def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
         """This rank's share; every forget record needs a finite `reference_nll`."""
-        forget = batch.of_role(is_forget=True)
+        forget = predictions.records_of(is_forget=True)
         excess = forget.nll - forget.reference_nll.detach().to(forget.nll.dtype)
         # logsigmoid and not softplus (turns linear at 20) or logaddexp (NaN second derivative beyond exp's range).
         return functional.logsigmoid(self.beta * excess).sum() * (-2 / self.beta) / max(totals.num_forget_records, 1)
@@ -127,9 +85,9 @@ class SimpleNegativePreferenceTerm:
     beta: float
     needs_reference = False
 
-    def __call__(self, batch: SequenceBatch, totals: MinibatchTotals) -> Tensor:
+    def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
         """This rank's share."""
-        forget = batch.of_role(is_forget=True)
+        forget = predictions.records_of(is_forget=True)
         mean_nll = forget.nll / forget.num_tokens
         return functional.logsigmoid(self.beta * mean_nll).sum() * (-2 / self.beta) / max(totals.num_forget_records, 1)
 
@@ -147,9 +105,9 @@ class HoldoutDistanceTerm:
     delta: float
     needs_reference = False
 
-    def __call__(self, batch: SequenceBatch, totals: MinibatchTotals) -> Tensor:
+    def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
         """This rank's share."""
-        forget = batch.of_role(is_forget=True)
+        forget = predictions.records_of(is_forget=True)
         distance = forget.nll / forget.num_tokens - self.holdout_loss
         # With c = clip(x), c (x - c / 2) is Huber's function, and its second derivative is 1 at x = 0 as well;
         # pointwise operations alone, so forward-mode derivatives of the backward pass exist in every grad mode.
