@@ -45,7 +45,8 @@ class DataConfig(StrictModel):
     name: str | None = None
     """Hub data set configuration name."""
     split: str = "train"
-    format: Literal["question_answer", "text", "chat", "classification"] = "question_answer"
+    format: Literal["question_answer", "text", "chat", "classification", "image"] = "question_answer"
+    """`classification`: text and label columns; `image`: image and label columns (see model.task)."""
     id_field: str = "record_id"
     """Column with the record id; when the column is missing, ids are `row-0`, `row-1`, ..."""
     subject_field: str | None = "subject_id"
@@ -53,9 +54,12 @@ class DataConfig(StrictModel):
     answer_field: str = "answer"
     text_field: str = "text"
     messages_field: str = "messages"
+    image_field: str = "image"
+    """Images, or arrays of numbers from 0 to 255: height x width, x 3 where they are coloured."""
     label_field: str = "label"
     label_names: tuple[str, ...] | None = None
-    """Classification: the word that stands for class 0, 1, ...; without it the label column's own text is used."""
+    """Classification: the word that stands for class 0, 1, ...; without it the label column's own text is used by a
+    causal LM, and the checkpoint's id2label by a classifier."""
     prompt_template: str = "Question: {prompt}\nAnswer:"
     """question_answer and classification: text before the answer; `{prompt}` is the question or the text."""
     max_length: int | None = Field(default=None, ge=8)

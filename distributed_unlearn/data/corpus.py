@@ -6,7 +6,7 @@ No message here ever shows a record's text: ids, counts and column names only.
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,22 +54,35 @@ def load_records(config: DataConfig) -> list[TextRecord]:
         raise ConfigError(
             "data.prompt_template without {prompt}", "a template that holds {prompt}", "write e.g. '{prompt}'"
         )
+    with open_table(config) as table:
+        names = _label_names(config, table)
+        read = _reader(config, names)
+        records = [read(row, identity_of(config, row, index)) for index, row in enumerate(table)]
+    refuse_duplicates([record.record_id for record in records])
+    return records
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What names a record."""
+
+    record_id: str
+    subject_id: str | None
+
+
+@contextmanager
+def open_table(config: DataConfig) -> Iterator[datasets.Dataset]:
+    """The rows of `config.path` with the columns that its format needs, for the length of the block.
+
+    Raises:
+        DataError: missing file, unreadable file, missing column, or no rows.
+    """
     with tempfile.TemporaryDirectory(prefix="distributed-unlearn-") as private_cache, _quiet_datasets():
         table = _load_table(config, private_cache)
         if len(table) == 0:
             raise DataError(f"no rows in '{config.path}'", "at least one record", "check data.path and data.split")
         _require_columns(config, table)
-        names = _label_names(config, table)
-        read = _reader(config, names)
-        records = [read(row, _identity(config, row, index)) for index, row in enumerate(table)]
-    _refuse_duplicates(records)
-    return records
-
-
-@dataclass(frozen=True)
-class _Identity:
-    record_id: str
-    subject_id: str | None
+        yield table
 
 
 @contextmanager
@@ -143,6 +156,7 @@ def _needed_columns(config: DataConfig) -> tuple[str, ...]:
         "text": (config.text_field,),
         "chat": (config.messages_field,),
         "classification": (config.text_field, config.label_field),
+        "image": (config.image_field, config.label_field),
     }[config.format]
 
 
@@ -165,7 +179,12 @@ def _label_names(config: DataConfig, table: datasets.Dataset) -> tuple[str, ...]
     return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def _identity(config: DataConfig, row: dict[str, Any], index: int) -> _Identity:
+def identity_of(config: DataConfig, row: dict[str, Any], index: int) -> Identity:
+    """A row's id, `row-<index>` where the data has no ids, and whose record it is.
+
+    Raises:
+        DataError: an empty id, or one that is neither text nor a whole number.
+    """
     record_id = f"row-{index}"
     if config.id_field in row:
         if row[config.id_field] in (None, ""):
@@ -175,8 +194,8 @@ def _identity(config: DataConfig, row: dict[str, Any], index: int) -> _Identity:
         record_id = _as_id(row[config.id_field], config.id_field, index)
     subject = row.get(config.subject_field) if config.subject_field is not None else None
     if subject in (None, "") or config.subject_field is None:
-        return _Identity(record_id, None)
-    return _Identity(record_id, _as_id(subject, config.subject_field, index))
+        return Identity(record_id, None)
+    return Identity(record_id, _as_id(subject, config.subject_field, index))
 
 
 def _as_id(value: Any, column: str, index: int) -> str:
@@ -192,7 +211,7 @@ def _as_id(value: Any, column: str, index: int) -> str:
     return str(value)
 
 
-def _text(row: dict[str, Any], column: str, identity: _Identity) -> str:
+def _text(row: dict[str, Any], column: str, identity: Identity) -> str:
     value = row[column]
     if not isinstance(value, str):
         raise DataError(
@@ -203,22 +222,22 @@ def _text(row: dict[str, Any], column: str, identity: _Identity) -> str:
     return value
 
 
-def _reader(config: DataConfig, names: tuple[str, ...] | None) -> Callable[[dict[str, Any], _Identity], TextRecord]:
+def _reader(config: DataConfig, names: tuple[str, ...] | None) -> Callable[[dict[str, Any], Identity], TextRecord]:
     """The function that turns one row into one record, for the format of `config`."""
 
-    def question_answer(row: dict[str, Any], identity: _Identity) -> TextRecord:
+    def question_answer(row: dict[str, Any], identity: Identity) -> TextRecord:
         # replace, not format: the template may hold other braces
         prompt = config.prompt_template.replace("{prompt}", _text(row, config.question_field, identity))
         return TextRecord(identity.record_id, identity.subject_id, prompt, _text(row, config.answer_field, identity))
 
-    def text(row: dict[str, Any], identity: _Identity) -> TextRecord:
+    def text(row: dict[str, Any], identity: Identity) -> TextRecord:
         return TextRecord(identity.record_id, identity.subject_id, "", _text(row, config.text_field, identity))
 
-    def chat(row: dict[str, Any], identity: _Identity) -> TextRecord:
+    def chat(row: dict[str, Any], identity: Identity) -> TextRecord:
         messages = _messages(row[config.messages_field], config.messages_field, identity)
         return TextRecord(identity.record_id, identity.subject_id, "", messages[-1]["content"], messages)
 
-    def classification(row: dict[str, Any], identity: _Identity) -> TextRecord:
+    def classification(row: dict[str, Any], identity: Identity) -> TextRecord:
         prompt = config.prompt_template.replace("{prompt}", _text(row, config.text_field, identity))
         word = _label_word(row[config.label_field], names, identity)
         return TextRecord(identity.record_id, identity.subject_id, prompt, word)
@@ -228,7 +247,7 @@ def _reader(config: DataConfig, names: tuple[str, ...] | None) -> Callable[[dict
     ]
 
 
-def _messages(value: Any, column: str, identity: _Identity) -> tuple[dict[str, str], ...]:
+def _messages(value: Any, column: str, identity: Identity) -> tuple[dict[str, str], ...]:
     """Check a conversation: role and content everywhere, someone speaks before the assistant's last word."""
     is_list = isinstance(value, list) and all(isinstance(message, dict) for message in value)
     parts = [(message.get("role"), message.get("content")) for message in value] if is_list else []
@@ -242,7 +261,7 @@ def _messages(value: Any, column: str, identity: _Identity) -> tuple[dict[str, s
     return tuple({"role": role, "content": content} for role, content in parts)
 
 
-def _label_word(value: Any, names: tuple[str, ...] | None, identity: _Identity) -> str:
+def _label_word(value: Any, names: tuple[str, ...] | None, identity: Identity) -> str:
     if value is None:
         raise DataError(f"a null label in record '{identity.record_id}'", "a label", "correct or remove the record")
     if names is None:
@@ -257,8 +276,13 @@ def _label_word(value: Any, names: tuple[str, ...] | None, identity: _Identity) 
     return names[value]
 
 
-def _refuse_duplicates(records: list[TextRecord]) -> None:
-    counts = Counter(record.record_id for record in records)
+def refuse_duplicates(record_ids: Sequence[str]) -> None:
+    """Refuse ids that occur twice.
+
+    Raises:
+        DataError: there are some.
+    """
+    counts = Counter(record_ids)
     repeated = [record_id for record_id, count in counts.items() if count > 1]
     if repeated:
         raise DataError(
