@@ -152,11 +152,12 @@ def _remove_stale(path: Path) -> None:
     prefix = f".{path.name}.writing-"
     for left in path.parent.glob(glob.escape(prefix) + "*-*-*"):
         machine, process, _ = left.name.removeprefix(prefix).rsplit("-", 2)
-        if machine == platform.node() and process.isdigit() and not _runs(int(process)):
+        if machine == platform.node() and process.isdigit() and not process_runs(int(process)):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
+def process_runs(process: int) -> bool:
+    """Whether a process with this number runs on this machine."""
     try:
         os.kill(process, 0)  # signal 0 only asks
     except ProcessLookupError:
