@@ -9,8 +9,8 @@ unlikely tokens can carry a mean loss while the rest is still recited. For each 
   holdout? Half of a set still recited and half driven far beyond would pass any comparison of means.
 A test speaks against forgetting when it rejects at 5 % over all four (Bonferroni) and the difference also matters
 (`share_easier` at least 0.55; at least twice as many known records as chance has). Tests of a few records have no
-power: three quarters of the way from known to unseen must be gone besides, wherever there was a way to go (means apart by more than a
-tolerance and two standard errors).
+power: three quarters of the way from known to unseen must be gone besides, wherever there was a way to go (means apart
+by more than a tolerance and two standard errors).
 
 The holdout is taken at the job's start: weights that are damaged make every record hard.
 """
