@@ -88,14 +88,10 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> None:
             from distributed_unlearn.commands.plan import run_plan
 
             run_plan(job, console)
-        elif job.train is not None:
-            from distributed_unlearn.commands.train import run_training_job
-
-            run_training_job(job, console)
         else:
-            from distributed_unlearn.commands.unlearn import run_unlearning
+            from distributed_unlearn.commands.run import run_command
 
-            run_unlearning(job, console)
+            run_command(job, console)
     elif arguments.command == "demo":
         from distributed_unlearn.demo.run import run_demo
         from distributed_unlearn.demo.settings import demo_settings

@@ -17,7 +17,7 @@ from distributed_unlearn.report.figures import comparison_figure, draw_steps, fi
 from distributed_unlearn.report.page import write_page
 from distributed_unlearn.report.progress import RoundProgress, stage
 from distributed_unlearn.report.run_log import RunLog
-from distributed_unlearn.report.tables import MethodRow, comparison_table, number, plan_table, round_table
+from distributed_unlearn.report.tables import MethodRow, comparison_table, facts_table, number, round_table
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 FIRST_ORDER = {
@@ -78,7 +78,7 @@ ROUND = RoundRecord(
     wall_seconds=12.0,
     steps=STEPS,
     before=ROWS[0].scores,
-    after={**ROWS[2].scores, "forget_round_0": set_scores(0.41)},
+    after={**ROWS[2].scores, "forget_round_1": set_scores(0.41)},
     tug_of_war=0.96,
 )
 
@@ -152,7 +152,7 @@ def test_run_log_refuses_objects_and_writes_nothing_then(tmp_path):
 
 def test_progress_prints_few_plain_lines_without_a_terminal():
     out, buffer = console()
-    with RoundProgress(out, 12, "round 0") as bar:
+    with RoundProgress(out, 12, "round 1") as bar:
         for step in range(12):
             bar.update(step_record(step, accepted=step != 4), {"retain loss": 0.02})
     lines = buffer.getvalue().splitlines()
@@ -166,7 +166,7 @@ def test_progress_prints_after_ten_seconds(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     out, buffer = console()
-    with RoundProgress(out, 12, "round 0") as bar:
+    with RoundProgress(out, 12, "round 1") as bar:
         for step, moment in enumerate((1.0, 2.0, 11.5, 12.0)):
             now[0] = moment
             bar.update(step_record(step), {})
@@ -175,7 +175,7 @@ def test_progress_prints_after_ten_seconds(monkeypatch):
 
 def test_progress_shows_a_first_order_step_and_a_terminal_bar():
     out, buffer = console(terminal=True)
-    with RoundProgress(out, 3, "round 0") as bar:
+    with RoundProgress(out, 3, "round 1") as bar:
         bar.update(dataclasses.replace(step_record(0), terms={}, **FIRST_ORDER), {})
     last = buffer.getvalue()
     assert "1/3" in last and "loss 3.00" in last and "alpha" not in last
@@ -221,8 +221,10 @@ def test_tables_show_every_quantity_and_take_no_markup():
     for cell in ("retrained model", "0.970", "0.960", "65.4", "1,230", "[bold] <script>", "–"):
         assert cell in text
     text = shown(round_table(ROUND))
-    assert "forget_round_0" in text and "ToW 0.960" in text and "max_steps" in text
-    assert "134.5 M" in shown(plan_table([("parameters", "134.5 M", "trainable")]))
+    assert "forget_round_1" in text and "ToW 0.960" in text and "max_steps" in text
+    assert "134.5 M" in shown(
+        facts_table("Plan", ("quantity", "value", "why"), [("parameters", "134.5 M", "trainable")])
+    )
 
 
 def test_find_retrained():

@@ -6,12 +6,13 @@ from typing import Literal
 
 from rich.console import Console
 
-from distributed_unlearn.commands.workers import open_group
+from distributed_unlearn.cluster.open import open_group
+from distributed_unlearn.commands.console_events import warn_of_fallback
 from distributed_unlearn.config import ClusterConfig, ModelConfig
 from distributed_unlearn.errors import CheckFailedError
 from distributed_unlearn.files import expand_home
 from distributed_unlearn.models.checkpoint import require_safetensors
-from distributed_unlearn.report.tables import number, plan_table
+from distributed_unlearn.report.tables import facts_table, number
 from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.messages import CurvatureCheck
 
@@ -57,10 +58,7 @@ def run_curvature_check(
         workers = Workers(group)
         facts = workers.open_model(model, dtype, cluster.zero_stage)
         report = workers.check_curvature(check)
-    if facts.segment_fallback is not None:
-        console.print(
-            f"warning: the whole model is one segment: {facts.segment_fallback}", style="yellow", markup=False
-        )
+    warn_of_fallback(console, facts.segment_fallback)
     tolerance = tolerance_for(dtype, report.reference)
     bounds = {
         "gradient_relative_error": tolerance.gradient,
@@ -68,7 +66,8 @@ def run_curvature_check(
         "symmetry_error": tolerance.symmetry,
     }
     values = asdict(report)
-    console.print(plan_table([_row(name, value, bounds) for name, value in values.items()]))
+    rows = [_row(name, value, bounds) for name, value in values.items()]
+    console.print(facts_table("Curvature check", ("quantity", "value", "tolerance"), rows))
     failed = [name for name, bound in bounds.items() if not values[name] <= bound]  # NaN fails too
     line = {**values, "dtype": dtype, "zero_stage": cluster.zero_stage, "tolerances": bounds, "passed": not failed}
     console.print(json.dumps(line), markup=False, highlight=False, soft_wrap=True)

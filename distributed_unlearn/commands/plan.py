@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from distributed_unlearn.commands.train import prepare_training, training_records
-from distributed_unlearn.commands.unlearn import describe_data, prepare_job, warn_of_reference
+from distributed_unlearn.commands.console_events import describe_data, warn_of_fallback, warn_of_reference
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.data.sampling import num_micro_batches
@@ -21,24 +20,23 @@ from distributed_unlearn.engine.estimate import (
 )
 from distributed_unlearn.engine.training import plan_training
 from distributed_unlearn.models.checkpoint import load_model_config
-from distributed_unlearn.report.tables import plan_table
+from distributed_unlearn.report.tables import facts_table
+from distributed_unlearn.rounds.preparation import prepare, training_records
 
 Row = tuple[str, str, str]
 
 
 def run_plan(job: JobConfig, console: Console) -> None:
     """Print the estimate; every mistake that `run` would refuse before loading weights is refused here too."""
-    prepared = prepare_job(job) if job.train is None else prepare_training(job)
+    prepared = prepare(job)
     hf_config = load_model_config(job.model)
     num_workers, stage, task = job.cluster.num_workers, job.cluster.zero_stage, job.model.task
     size = measure_model(hf_config, job.model.trainable, num_workers, stage, task)
     rows = (_unlearning_rows if job.train is None else _training_rows)(size, hf_config, job, prepared)
     console.print(describe_data(prepared), markup=False, highlight=False, soft_wrap=True)
-    if job.train is None:
-        warn_of_reference(job, prepared, console)
-    if size.fallback_reason is not None:
-        console.print(f"warning: the whole model is one segment: {size.fallback_reason}", style="yellow", markup=False)
-    console.print(plan_table([*_model_rows(size, job), *rows]))
+    warn_of_reference(console, job, prepared)
+    warn_of_fallback(console, size.fallback_reason)
+    console.print(facts_table("Plan", ("quantity", "value", "unit, why"), [*_model_rows(size, job), *rows]))
     console.print("the job is valid; nothing was loaded or written", highlight=False)
 
 

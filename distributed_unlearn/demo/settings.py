@@ -60,17 +60,23 @@ class Baseline:
     """A first-order method to compare with, at the unlearning's own wall time or a little more."""
 
     name: str
+    folder: str
     objective: ObjectiveConfig
     learning_rate: float
     """5e-4 was the best of 1e-4, 2e-4 and 5e-4 for holdout_matched on a model of this size."""
+
+    @property
+    def is_cubic_objective(self) -> bool:
+        """Whether it minimises what the cubic steps minimise."""
+        return self.objective == ObjectiveConfig()
 
 
 def baselines() -> tuple[Baseline, ...]:
     """Fine-tuning on the retain set, NPO, and AdamW on the very objective of the cubic steps."""
     return (
-        Baseline("fine-tune on retain (AdamW)", ObjectiveConfig(name="retain"), 5e-4),
-        Baseline("NPO (AdamW)", ObjectiveConfig(name="npo"), 5e-4),
-        Baseline("holdout_matched (AdamW)", ObjectiveConfig(name="holdout_matched"), 5e-4),
+        Baseline("fine-tune on retain (AdamW)", "fine_tuned", ObjectiveConfig(name="retain"), 5e-4),
+        Baseline("NPO (AdamW)", "npo", ObjectiveConfig(name="npo"), 5e-4),
+        Baseline("holdout_matched (AdamW)", "adamw", ObjectiveConfig(name="holdout_matched"), 5e-4),
     )
 
 

@@ -1,11 +1,34 @@
-"""Plain records of what happened: per step, per round, per evaluated set. Ids and scalars, never text.
+"""Plain records of what happened: per step, per round, per run, per evaluated set. Ids and scalars, never text.
 
-`dataclasses.asdict` turns each into JSON.
+`codec.to_json` turns each into JSON, `read_record` a run's file into its record.
 """
 
+from distributed_unlearn.records.codec import Json, to_json
 from distributed_unlearn.records.result import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.records.round import RoundRecord
+from distributed_unlearn.records.run import (
+    RECORD_NAME,
+    BaseCheckpoint,
+    ResultFiles,
+    RunRecord,
+    TrainingRecord,
+    read_record,
+)
 from distributed_unlearn.records.scores import SetScores
 from distributed_unlearn.records.step import StepRecord
 
-__all__ = ["CurvatureMode", "RoundRecord", "SetScores", "StepRecord", "SurvivingUpdate"]
+__all__ = [
+    "RECORD_NAME",
+    "BaseCheckpoint",
+    "CurvatureMode",
+    "Json",
+    "ResultFiles",
+    "RoundRecord",
+    "RunRecord",
+    "SetScores",
+    "StepRecord",
+    "SurvivingUpdate",
+    "TrainingRecord",
+    "read_record",
+    "to_json",
+]

@@ -11,6 +11,7 @@ class RoundRecord:
     """One round: what was asked, how it went, how all sets stand afterwards."""
 
     round_index: int
+    """From 0; shown to people from 1."""
     num_forget_records: int
     num_retain_records: int
     holdout_loss_nats_per_token: float | None
@@ -24,5 +25,6 @@ class RoundRecord:
     steps: tuple[StepRecord, ...]
     before: dict[str, SetScores]
     after: dict[str, SetScores]
-    """Keys `forget`, `retain`, `holdout`; `forget_round_<k>` of earlier rounds, `erased_before_<k>` of earlier jobs."""
+    """Keys `forget`, `retain`, `holdout`; `forget_round_<k>` of earlier rounds, `erased_before_<k>` of earlier jobs,
+    k from 1."""
     tug_of_war: float | None = None

@@ -62,7 +62,7 @@ def _image(path: Path) -> str:
 
 
 def _round(record: RoundRecord) -> str:
-    parts = [f"<h2>Round {record.round_index}</h2>", f"<p>{html.escape(round_summary(record))}</p>"]
+    parts = [f"<h2>Round {record.round_index + 1}</h2>", f"<p>{html.escape(round_summary(record))}</p>"]
     parts.append(_table(ROUND_HEADER, round_cells(record)))
     if record.steps:
         header, body = step_cells(record.steps)

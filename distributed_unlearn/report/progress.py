@@ -29,10 +29,10 @@ def step_fields(record: StepRecord, extra: Mapping[str, float]) -> dict[str, str
         "alpha": record.alpha,
         "gamma": record.gamma,
         "M": record.cubic_coefficient,
-        "forget distance": forget_distance(record.terms),
+        "forget_distance": forget_distance(record.terms),
         **extra,
     }
-    fields = {name: number(value, digits=3) for name, value in shown.items() if value is not None}
+    fields = {name.replace("_", " "): number(value, digits=3) for name, value in shown.items() if value is not None}
     fields["accepted"] = "yes" if record.accepted else "no"
     if record.num_rejections:
         fields["accepted"] += f" after {record.num_rejections} rejected"
@@ -124,9 +124,8 @@ def stage(console: Console, text: str) -> Iterator[None]:
 class TrainingProgress:
     """A bar with the loss on a terminal, a line every tenth of the run elsewhere."""
 
-    def __init__(self, console: Console, description: str) -> None:
-        self._console, self._description = console, description
-        self._total = 0
+    def __init__(self, console: Console, num_steps: int, description: str) -> None:
+        self._console, self._num_steps, self._description = console, num_steps, description
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -136,20 +135,20 @@ class TrainingProgress:
             console=console,
             disable=not console.is_terminal,
         )
+        self._task = self._progress.add_task(description, total=num_steps, loss="-")
 
-    def start(self, num_steps: int) -> None:
-        """The run has this many steps."""
-        self._total = num_steps
+    def __enter__(self) -> Self:
         self._progress.start()
-        self._task = self._progress.add_task(self._description, total=num_steps, loss="-")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
 
     def update(self, step: int, loss: float) -> None:
         """A step has ended."""
         self._progress.update(self._task, completed=step + 1, loss=f"{loss:.4f}")
-        if not self._console.is_terminal and (step + 1) % max(1, self._total // 10) == 0:
-            text = f"{self._description} {step + 1}/{self._total}  loss {loss:.4f}"
+        if not self._console.is_terminal and (step + 1) % max(1, self._num_steps // 10) == 0:
+            text = f"{self._description} {step + 1}/{self._num_steps}  loss {loss:.4f}"
             self._console.print(text, markup=False, highlight=False)
-
-    def stop(self) -> None:
-        """The run has ended, well or not."""
-        self._progress.stop()

@@ -84,9 +84,17 @@ def round_cells(record: RoundRecord) -> list[list[str]]:
 ROUND_HEADER = ("set", "records", "loss before", "loss after", "memorised before", "memorised after")
 
 
+def erased_text(num_records: int, num_not_in_data: int) -> str:
+    """How many records earlier jobs erased, and what became of them here."""
+    text = f"erased before: {num_records}, in no retain, holdout or training set"
+    return f"{text} ({num_not_in_data} of them not in this data)" if num_not_in_data else text
+
+
 def round_summary(record: RoundRecord) -> str:
     """One line: what was asked, how long it took, why it ended."""
-    parts = [f"round {record.round_index}: {record.num_forget_records} to forget, {record.num_retain_records} retained"]
+    parts = [
+        f"round {record.round_index + 1}: {record.num_forget_records} to forget, {record.num_retain_records} retained"
+    ]
     parts.append(f"{record.num_steps} steps, {record.num_products} products, {record.wall_seconds:.1f} s")
     parts.append(f"update norm {number(record.update_norm)}, stopped: {record.stop_reason}")
     if record.holdout_loss_nats_per_token is not None:
@@ -130,9 +138,9 @@ def comparison_table(rows: Sequence[MethodRow]) -> Table:
 
 def round_table(record: RoundRecord) -> Table:
     """All sets before and after one round, with the round's summary below."""
-    return _table(f"Round {record.round_index}", ROUND_HEADER, round_cells(record), round_summary(record))
+    return _table(f"Round {record.round_index + 1}", ROUND_HEADER, round_cells(record), round_summary(record))
 
 
-def plan_table(rows: Sequence[tuple[str, str, str]]) -> Table:
-    """What a job would do: (quantity, value, unit or reason) per row."""
-    return _table("Plan", ("quantity", "value", "unit, why"), rows)
+def facts_table(title: str, header: tuple[str, str, str], rows: Sequence[tuple[str, str, str]]) -> Table:
+    """Three columns, e.g. quantity, value, and unit or reason: what a job would do, or what a check found."""
+    return _table(title, header, rows)

@@ -5,8 +5,7 @@ nor DeepSpeed.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
 from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, score
+from distributed_unlearn.rounds.events import OnStep
 from distributed_unlearn.solvers.methods.first_order import FirstOrder
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.stopping import StoppingRule
@@ -43,7 +43,6 @@ class RoundTask:
     erased_before: tuple[np.ndarray, ...] = ()
     """What earlier jobs erased; scored like what earlier rounds forgot."""
     max_evaluated_records: int | None = None
-    on_step: Callable[[StepRecord, dict[str, float]], None] = field(default=lambda record, extra: None)
 
 
 class OuterSolver(Protocol):
@@ -57,9 +56,9 @@ class OuterSolver(Protocol):
 def _sets(task: RoundTask) -> dict[str, np.ndarray]:
     sets = {"forget": task.forget, "retain": task.retain, "holdout": task.holdout}
     for index, earlier in enumerate(task.earlier_forget):
-        sets[f"forget_round_{index}"] = earlier
+        sets[f"forget_round_{index + 1}"] = earlier
     for index, earlier in enumerate(task.erased_before):
-        sets[f"erased_before_{index}"] = earlier
+        sets[f"erased_before_{index + 1}"] = earlier
     limit = task.max_evaluated_records
     if limit is None:
         return sets
@@ -124,14 +123,14 @@ class _Watch:
         if self._holdout_loss is not None:
             losses = score(self._workers, self._task.forget, batch).mean_losses
             distance = float(np.abs(losses - self._holdout_loss).mean())
-            measured["forget distance"] = distance
+            measured["forget_distance"] = distance
             if distance <= self._tolerance:
                 retain_loss = float(score(self._workers, self._probe, batch).mean_losses.mean())
-                measured["retain probe excess"] = retain_loss - self._initial_retain_loss
+                measured["retain_probe_excess"] = retain_loss - self._initial_retain_loss
         return self._rule.update(step, distance, retain_loss, time.monotonic() - self._started), measured
 
 
-def _take_steps(task: RoundTask, solver: OuterSolver, watch: _Watch) -> tuple[list[StepRecord], str]:
+def _take_steps(task: RoundTask, solver: OuterSolver, watch: _Watch, on_step: OnStep) -> tuple[list[StepRecord], str]:
     steps: list[StepRecord] = []
     for index in range(task.solver.max_steps):
         record = solver.step(index)
@@ -139,19 +138,19 @@ def _take_steps(task: RoundTask, solver: OuterSolver, watch: _Watch) -> tuple[li
         if not np.isfinite(record.loss) or not np.isfinite(record.gradient_norm):
             raise NumericalError(
                 f"loss {record.loss} and gradient norm {record.gradient_norm} at step {index} of round "
-                f"{task.round_index}",
+                f"{task.round_index + 1}",
                 "finite values",
                 "the weights are as before the step; use float32, a smaller learning rate or a bounded objective",
             )
         reason, measured = watch.after(index)
-        task.on_step(record, measured)
+        on_step(record, measured)
         if reason is not None:
             return steps, reason
     return steps, f"max_steps: all {task.solver.max_steps} steps were taken"
 
 
-def run_round(workers: Workers, task: RoundTask) -> RoundRecord:
-    """Run one round on the workers' current weights and leave the new weights there.
+def run_round(workers: Workers, task: RoundTask, on_step: OnStep) -> RoundRecord:
+    """Run one round on the workers' current weights and leave the new weights there; `on_step` is told of each step.
 
     Raises:
         NumericalError: a loss or gradient that is not finite; the weights are those before the step.
@@ -176,7 +175,7 @@ def run_round(workers: Workers, task: RoundTask) -> RoundRecord:
     workers.begin_round(spec)
     stepping = time.monotonic()
     watch = _Watch(workers, task, holdout_loss, scores, stepping)
-    steps, reason = _take_steps(task, _solver(RemoteOracle(workers.group), task.solver), watch)
+    steps, reason = _take_steps(task, _solver(RemoteOracle(workers.group), task.solver), watch, on_step)
     wall_seconds = time.monotonic() - stepping
     after: dict[str, SetScores] = evaluate_sets(workers, _sets(task), batch)[0]
     return RoundRecord(

@@ -1,63 +1,88 @@
-"""A training run on a worker group: fine-tuning, or the retrained reference."""
+"""A training job on workers: fine-tuning, or the retrained reference; the checkpoint, its record, its scores."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from distributed_unlearn.config import SaveConfig
+import numpy as np
+
+from distributed_unlearn.data.selection import Partition
 from distributed_unlearn.files import complete_folder
-from distributed_unlearn.provenance import Mark, hash_folder
-from distributed_unlearn.workers.client import Workers
+from distributed_unlearn.provenance import hash_folder
+from distributed_unlearn.records import RunRecord, TrainingRecord
+from distributed_unlearn.rounds.evaluate import evaluate_sets
+from distributed_unlearn.rounds.origin import model_to_open
+from distributed_unlearn.rounds.preparation import Session, training_records
+from distributed_unlearn.rounds.result import begin_record, result_mark, result_papers, write_record
 from distributed_unlearn.workers.messages import TrainingSpec
 
 
-@dataclass(frozen=True, eq=False)
-class TrainingTask:
-    """What to train on and how."""
+def train(session: Session) -> RunRecord:
+    """Train, write checkpoint and record, score; the record is written anew with the scores once there are some.
 
-    spec: TrainingSpec
-    destination: Path
-    save: SaveConfig
-    overwrite: bool
-    on_start: Callable[[int], None]
-    """Called with the number of steps."""
-    on_step: Callable[[int, float], None]
-    """Called with step and loss."""
-
-
-def run_training(workers: Workers, task: TrainingTask) -> list[float]:
-    """Train and leave the trained model open on the workers; `write_trained` writes it.
-
-    Returns:
-        The loss of every step, nats per token of the global minibatch.
+    Raises:
+        UserError: anything that the user can act on; nothing is left half-written.
     """
-    plan = workers.begin_training(task.spec)
-    task.on_start(plan.num_steps)
+    job, data, workers = session.run.job, session.run.data, session.workers
+    indices = training_records(job, data)
+    started = time.monotonic()
+    losses = _take_steps(session, indices)
+    assert job.train is not None
+    partition = data.partition
+    erased = partition.forget_rounds if job.train.exclude_forget else ()
+    files = _write_checkpoint(session, erased)
+    training = TrainingRecord(len(indices), len(losses), losses[-1], time.monotonic() - started, None)
+    record, salt = begin_record("training", session.run, files, erased)
+    record = replace(record, training=training)
+    write_record(session.run.folder, record, salt)
+    scores, _ = evaluate_sets(workers, _sets(partition, indices), 2 * job.curvature.micro_batch_size)
+    record = replace(record, training=replace(training, scores=scores))
+    write_record(session.run.folder, record, None)  # the salt is there
+    return record
+
+
+def _take_steps(session: Session, indices: np.ndarray) -> list[float]:
+    """Train and leave the trained model open on the workers; the loss of every step, nats per token."""
+    job, workers = session.run.job, session.workers
+    assert job.train is not None
+    spec = TrainingSpec(
+        model=model_to_open(job.model, session.run.data.commit),
+        train=job.train,
+        indices=indices,
+        zero_stage=job.train.stage_in(job.cluster),
+        micro_batch_size=job.curvature.micro_batch_size,
+        seed=job.solver.seed,
+    )
+    plan = workers.begin_training(spec)
     losses = []
-    for step in range(plan.num_steps):
-        loss = workers.train_step(step)
-        losses.append(loss)
-        task.on_step(step, loss)
+    with session.events.training(plan.num_steps) as tell:
+        for step in range(plan.num_steps):
+            loss = workers.train_step(step)
+            losses.append(loss)
+            session.log.log("train", step, {"loss_nats_per_token": loss})
+            tell(step, loss)
     workers.finish_training()
     return losses
 
 
-def write_trained(
-    workers: Workers, task: TrainingTask, papers: Sequence[Path] = (), mark: Mark | None = None
-) -> dict[str, str]:
-    """Write the trained model to `task.destination`.
-
-    Args:
-        workers: Workers on which `run_training` has just ended.
-        task: As given to it.
-        papers: What tells of the checkpoint that is replaced, see `complete_folder`.
-        mark: What the checkpoint says of itself.
-
-    Returns:
-        The hashes of what was written.
-    """
-    with complete_folder(task.destination, task.overwrite, papers) as staging:
-        workers.export(str(staging.resolve()), task.spec.model, task.save)
-        if mark is not None:
-            mark.write(staging)
+def _write_checkpoint(session: Session, erased: Sequence[np.ndarray]) -> dict[str, str]:
+    """Write the trained model; returns the hashes of its files."""
+    job, folder = session.run.job, session.run.folder
+    model = model_to_open(job.model, session.run.data.commit)
+    with complete_folder(folder / "checkpoint", job.overwrite, result_papers(folder)) as staging:
+        session.workers.export(str(staging.resolve()), model, job.save)
+        result_mark(session.run, erased).write(staging)
         return hash_folder(staging)
+
+
+def _sets(partition: Partition, indices: np.ndarray) -> Mapping[str, np.ndarray]:
+    """What is scored after a training: with a forget set also the sets of an unlearning, to compare with."""
+    rounds = partition.forget_rounds
+    sets = {"trained_on": indices, "holdout": partition.holdout}
+    sets |= {f"erased_before_{index + 1}": erased for index, erased in enumerate(partition.erased_before)}
+    if not rounds:
+        return sets
+    sets["retain"] = partition.retain(len(rounds) - 1)
+    if len(rounds) == 1:
+        return {**sets, "forget": rounds[0]}
+    return {**sets, **{f"forget_round_{index + 1}": forget for index, forget in enumerate(rounds)}}

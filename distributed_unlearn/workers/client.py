@@ -5,7 +5,7 @@ A group calls whatever it is told to; `Workers` says what there is to call, with
 
 from typing import TypeVar
 
-from distributed_unlearn.config import ModelConfig, SaveConfig
+from distributed_unlearn.config import ModelConfig, ModelTask, SaveConfig
 from distributed_unlearn.data.batches import NamedCorpus
 from distributed_unlearn.records import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.workers.group import WorkerGroup
@@ -64,9 +64,11 @@ class Workers:
         """Load a checkpoint into partitions; its weights become the ones that updates are measured from."""
         return self._first(ModelFacts, "open_model", config, dtype, zero_stage)
 
-    def create_checkpoint(self, model_type: str, settings: ArchitectureSettings, folder: str, seed: int) -> int:
+    def create_checkpoint(
+        self, model_type: str, settings: ArchitectureSettings, folder: str, seed: int, task: ModelTask
+    ) -> int:
         """Let rank 0 write a randomly initialised checkpoint; returns its number of parameters."""
-        answer = self._group.call_rank_zero("create_checkpoint", model_type, settings, folder, seed)
+        answer = self._group.call_rank_zero("create_checkpoint", model_type, settings, folder, seed, task)
         assert isinstance(answer, int)
         return answer
 

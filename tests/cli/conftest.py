@@ -13,7 +13,7 @@ def quick() -> Iterator[None]:
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "distributed_unlearn.commands.job_record.steps_figure", lambda steps, path: path.write_bytes(b"a picture")
+            "distributed_unlearn.rounds.result.steps_figure", lambda steps, path: path.write_bytes(b"a picture")
         )
         yield
     gc.unfreeze()

@@ -46,7 +46,7 @@ def moved(first: Path, tmp_path) -> Path:
 def test_a_second_job_does_not_learn_again_what_the_first_erased(first: Path, tiny: TinyJob, tmp_path, capsys):
     original, a = (_record(first / name) for name in ("original", "a"))
     after_a = a["rounds"][0]["after"]["forget"]["loss_nats_per_token"]
-    assert after_a > original["scores"]["forget"]["loss_nats_per_token"] + 1  # it was known, and is erased
+    assert after_a > original["training"]["scores"]["forget"]["loss_nats_per_token"] + 1  # it was known, and is erased
     assert (a["num_erased_before"], a["num_retain_records"], a["rounds"][0]["num_retain_records"]) == (0, 9, 9)
     # Steps on the retain loss alone: with person-0000 among the retained its loss falls as theirs does.
     retain = ("objective.name=retain", "solver.max_steps=30", "solver.learning_rate=1e-2", *FIRST_ORDER)
@@ -54,10 +54,10 @@ def test_a_second_job_does_not_learn_again_what_the_first_erased(first: Path, ti
     b = _record(tmp_path / "b")
     assert (b["num_erased_before"], b["num_retain_records"], b["num_erased_before_not_in_data"]) == (3, 6, 0)
     (only,) = b["rounds"]
-    assert only["before"]["erased_before_0"] == a["rounds"][0]["after"]["forget"]
+    assert only["before"]["erased_before_1"] == a["rounds"][0]["after"]["forget"]
     retained = only["after"]["retain"]["loss_nats_per_token"]
     assert retained < only["before"]["retain"]["loss_nats_per_token"] - 2
-    assert only["after"]["erased_before_0"]["loss_nats_per_token"] > max(retained + 2, after_a - 1)
+    assert only["after"]["erased_before_1"]["loss_nats_per_token"] > max(retained + 2, after_a - 1)
     said = "erased before: 3, in no retain, holdout or training set"
     assert said in outcome.out
     assert said in (tmp_path / "b" / "report.html").read_text()
@@ -80,7 +80,7 @@ def test_a_third_job_knows_the_first_although_its_folder_is_gone(moved: Path, ti
     hashed = [sorted(hashlib.sha256(f"{salt}\0{name}".encode()).hexdigest() for name in names) for names in named]
     assert c["erased_before_sha256_salted"] == hashed
     after = c["rounds"][0]["after"]
-    assert [after[f"erased_before_{k}"]["num_records"] for k in range(3)] == [3, 3, 1]
+    assert [after[f"erased_before_{k}"]["num_records"] for k in (1, 2, 3)] == [3, 3, 1]
     mark = json.loads((tmp_path / "c" / "checkpoint" / "unlearning.json").read_text())
     assert mark == {"format": 1, "result": c["result"]["id"], "num_erased": 8}
 
@@ -89,8 +89,8 @@ def test_training_leaves_out_what_was_erased_and_hands_it_on(first: Path, tiny: 
     train = ("train={epochs: 1, batch_size: 6, zero_stage: 2}", "forget=null")
     succeed(capsys, tiny.run(tmp_path / "tuned", _from(first / "a"), *train))
     tuned = _record(tmp_path / "tuned")
-    assert (tuned["num_records"], tuned["num_erased_before"]) == (9, 3)
-    assert tuned["scores"]["erased_before_0"]["num_records"] == 3
+    assert (tuned["training"]["num_records"], tuned["num_erased_before"]) == (9, 3)
+    assert tuned["training"]["scores"]["erased_before_1"]["num_records"] == 3
     succeed(capsys, tiny.run(tmp_path / "b", _from(tmp_path / "tuned"), SECOND, "solver.max_steps=1"))
     assert _record(tmp_path / "b")["num_erased_before"] == 3
     # What a retrained reference leaves out is erased from it, too.
@@ -111,7 +111,7 @@ def test_a_repeated_request_is_forgotten_once_more(first: Path, tiny: TinyJob, t
     succeed(capsys, tiny.run(tmp_path / "b", _from(first / "a"), "solver.max_steps=1"))
     b = _record(tmp_path / "b")
     assert (b["num_erased_before"], b["num_retain_records"]) == (3, 9)
-    assert "erased_before_0" not in b["rounds"][0]["after"]
+    assert "erased_before_1" not in b["rounds"][0]["after"]
     assert json.loads((tmp_path / "b" / "checkpoint" / "unlearning.json").read_text())["num_erased"] == 3
 
 
@@ -221,7 +221,7 @@ def test_an_interrupted_replacement_is_no_unmarked_checkpoint(moved: Path, tiny:
 
     in_place = (_from(moved), SECOND, "overwrite=true", "solver.max_steps=1")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
-        patch.setattr("distributed_unlearn.commands.job_record.write_private", crash)
+        patch.setattr("distributed_unlearn.rounds.result.write_private", crash)
         call(capsys, tiny.run(moved, *in_place))
     assert_refused(call(capsys, tiny.run(moved, *in_place)), 5, "model", "from which 6 record(s) were erased")
 

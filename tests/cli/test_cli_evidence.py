@@ -45,15 +45,15 @@ def test_workers_that_cannot_be_ended_cost_no_record(train, tiny: TinyJob, tmp_p
 
 
 def test_scores_that_cannot_be_had_cost_no_training(tiny: TinyJob, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("distributed_unlearn.commands.train.evaluate_sets", _crash)
+    monkeypatch.setattr("distributed_unlearn.rounds.training.evaluate_sets", _crash)
     with pytest.raises(RuntimeError, match="a crash"):
         call(capsys, tiny.run(tmp_path / "out", TRAIN))
     _assert_record_is_of_the_checkpoint(tmp_path / "out")
-    assert _record(tmp_path / "out")["scores"] is None
+    assert _record(tmp_path / "out")["training"]["scores"] is None
 
 
 def test_versions_that_cannot_be_had_cost_no_work(tiny: TinyJob, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("distributed_unlearn.commands.job_record.package_versions", _crash)
+    monkeypatch.setattr("distributed_unlearn.rounds.origin.package_versions", _crash)
     with pytest.raises(RuntimeError, match="a crash"):
         call(capsys, tiny.run(tmp_path / "out", "solver.max_steps=1"))
     assert not (tmp_path / "out").exists()
@@ -65,7 +65,7 @@ def test_a_crash_before_the_record_leaves_no_other_record(tiny: TinyJob, tmp_pat
     old = {name: (output / name).read_bytes() for name in ("record.json", "record.salt", "report.html")}
     weights = _hash(output / "checkpoint" / "model.safetensors")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
-        patch.setattr("distributed_unlearn.commands.job_record.write_private", _crash)
+        patch.setattr("distributed_unlearn.rounds.result.write_private", _crash)
         call(capsys, tiny.run(output, "solver.max_steps=2", "overwrite=true"))
     assert _hash(output / "checkpoint" / "model.safetensors") != weights
     assert [name for name in old if (output / name).exists()] == []

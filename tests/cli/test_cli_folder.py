@@ -12,8 +12,8 @@ import pytest
 from command_line import assert_refused, call, succeed
 from tiny_job import TinyJob
 
-from distributed_unlearn.commands.output import LOCK_NAME, claimed, output_folder
 from distributed_unlearn.errors import ConfigError
+from distributed_unlearn.rounds.folder import LOCK_NAME, claimed, output_folder
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -27,7 +27,7 @@ def no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("a worker was started")
 
-    for module in ("commands.started", "demo.run"):
+    for module in ("commands.run", "demo.run"):
         monkeypatch.setattr(f"distributed_unlearn.{module}.open_group", refuse)
 
 
@@ -47,19 +47,20 @@ def test_one_run_at_a_time(train, no_group, tiny: TinyJob, tmp_path, capsys):
 
 
 def test_a_folder_is_claimed_from_the_first_step_to_the_record(tiny: TinyJob, tmp_path, capsys, monkeypatch):
-    from distributed_unlearn.commands import unlearn
+    from distributed_unlearn.commands import run
+    from distributed_unlearn.rounds import unlearning
 
     seen = []
-    for name in ("prepare_job", "write_result_record", "write_pictures"):
-        original = getattr(unlearn, name)
+    for module, name in ((run, "prepare_run"), (unlearning, "write_record"), (run, "write_report")):
+        original = getattr(module, name)
 
         def watch(*arguments: object, name: str = name, original=original):
             seen.append((name, (tmp_path / "out" / LOCK_NAME).exists()))
             return original(*arguments)
 
-        monkeypatch.setattr(unlearn, name, watch)
+        monkeypatch.setattr(module, name, watch)
     succeed(capsys, tiny.run(tmp_path / "out", "solver.max_steps=1"))
-    assert seen == [("prepare_job", True), ("write_result_record", True), ("write_pictures", True)]
+    assert seen == [("prepare_run", True), ("write_record", True), ("write_report", True)]
     assert not (tmp_path / "out" / LOCK_NAME).exists()
 
 
@@ -67,7 +68,7 @@ def test_the_claim_of_a_killed_run_ends_with_it(tmp_path):
     program = f"""
         import time
         from pathlib import Path
-        from distributed_unlearn.commands.output import claimed
+        from distributed_unlearn.rounds.folder import claimed
         with claimed(Path({str(tmp_path)!r}) / "new" / "out"):
             print("claimed", flush=True)
             time.sleep(60)
@@ -168,7 +169,7 @@ def test_the_home_folder_is_found_and_recorded_as_it_was_written(tiny: TinyJob, 
     assert (tmp_path / "trained" / "checkpoint" / "model.safetensors").exists() and not (tmp_path / "~").exists()
 
 
-@pytest.mark.parametrize("name", ["records.jsonl", "original", "report.html", "tensorboard"])
+@pytest.mark.parametrize("name", ["records.jsonl", "original", "report.html", "unlearned"])
 def test_the_demo_replaces_nothing_unasked(name, no_group, tmp_path, capsys):
     (tmp_path / name).write_text("kept")
     assert_refused(call(capsys, _demo(tmp_path)), 3, "configuration", name, "--overwrite")

@@ -41,10 +41,10 @@ def test_numbers_that_explode_are_refused(max_steps, tiny: TinyJob, tmp_path, ca
     parts = ('model.trainable=["*.mlp.*"]', "solver.method=sgd", "solver.learning_rate=1e36")
     overrides = (*parts, f"solver.max_steps={max_steps}")
     outcome = call(capsys, tiny.run(tmp_path / "out", *overrides))
-    assert_refused(outcome, 7, "numerics", *(["at step 1 of round 0"] if max_steps == 3 else []))
+    assert_refused(outcome, 7, "numerics", *(["at step 1 of round 1"] if max_steps == 3 else []))
     _assert_no_result(tmp_path / "out")
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert kinds[:2] == ["model", "round_0/step"]  # what happened until then is kept
+    assert kinds[:2] == ["model", "round_1/step"]  # what happened until then is kept
 
 
 def test_a_gradient_that_is_nan_is_refused_before_the_weights_change(tiny: TinyJob, tmp_path, capsys, monkeypatch):
@@ -60,7 +60,7 @@ def test_a_gradient_that_is_nan_is_refused_before_the_weights_change(tiny: TinyJ
     monkeypatch.setattr(ShardedOracle, "_compute_gradient", spoil)
     monkeypatch.setattr(ShardedOracle, "_try", lambda self, update: changed.append(1))
     outcome = call(capsys, tiny.run(tmp_path / "out"))
-    assert_refused(outcome, 7, "numerics", "gradient norm nan at step 0 of round 0")
+    assert_refused(outcome, 7, "numerics", "gradient norm nan at step 0 of round 1")
     assert changed == []
     _assert_no_result(tmp_path / "out")
 
@@ -113,9 +113,9 @@ def test_overwrite_replaces(tiny: TinyJob, tmp_path, capsys):
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == second["result"]["files"]["model.safetensors"]
     assert not (output / "checkpoint" / "left_over").exists()
     assert (output / "record.salt").read_text() != salt
-    assert [path.name for path in output.glob("*.png")] == ["steps_round_0.png"]
+    assert [path.name for path in output.glob("*.png")] == ["steps_round_1.png"]
     kinds = [json.loads(line)["kind"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert kinds.count("round_0/step") == 2 and kinds.count("model") == 1  # of this run alone
+    assert kinds.count("round_1/step") == 2 and kinds.count("model") == 1  # of this run alone
     assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
 
 

@@ -24,7 +24,7 @@ def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a worker was started")
         yield
 
-    monkeypatch.setattr("distributed_unlearn.commands.started.open_group", refuse)
+    monkeypatch.setattr("distributed_unlearn.commands.run.open_group", refuse)
 
 
 def _row(out: str, name: str) -> str:

@@ -13,7 +13,7 @@ from tiny_job import NUM_PEOPLE, RECORDS_EACH, TinyJob
 from transformers import AutoTokenizer
 
 import distributed_unlearn.commands.check
-import distributed_unlearn.commands.started
+import distributed_unlearn.commands.run
 import distributed_unlearn.demo.run
 
 EVERYBODY = ",".join(f"person-{i:04d}" for i in range(NUM_PEOPLE - 2))
@@ -27,7 +27,7 @@ def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
 
     for module in (
-        distributed_unlearn.commands.started,
+        distributed_unlearn.commands.run,
         distributed_unlearn.commands.check,
         distributed_unlearn.demo.run,
     ):

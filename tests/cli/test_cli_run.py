@@ -77,7 +77,7 @@ def test_nothing_is_left_half_written(finished: Finished):
         "record.json",
         "record.salt",
         "report.html",
-        "steps_round_0.png",
+        "steps_round_1.png",
         "tensorboard",
     ]
 
@@ -146,19 +146,19 @@ def test_evaluation_covers_every_set(finished: Finished):
 
 def test_metrics_and_events_agree_with_the_record(finished: Finished):
     lines = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["model", *["round_0/step"] * 3, "round", "surviving_update"]
-    logged = [line["values"]["loss"] for line in lines if line["kind"] == "round_0/step"]
+    assert [line["kind"] for line in lines] == ["model", *["round_1/step"] * 3, "round", "surviving_update"]
+    logged = [line["values"]["loss"] for line in lines if line["kind"] == "round_1/step"]
     assert logged == [step["loss"] for step in finished.steps]
     events = EventAccumulator(str(finished.folder / "tensorboard"))
     events.Reload()
-    shown = [event.value for event in events.Scalars("round_0/step/loss")]
+    shown = [event.value for event in events.Scalars("round_1/step/loss")]
     assert shown == pytest.approx(logged, rel=1e-6)
 
 
 def test_report_and_model_card(finished: Finished):
     page = (finished.folder / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and page.endswith("</html>\n")
-    assert "data:image/png;base64" in page and "Round 0" in page and "max_steps" in page
+    assert "data:image/png;base64" in page and "Round 1" in page and "max_steps" in page
     card = (finished.folder / "checkpoint" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "4 records erased, 8 retained, 3 steps, 6 curvature products" in card

@@ -39,7 +39,7 @@ def endless(tiny: TinyJob, tmp_path: Path) -> Iterator[Running]:
 def _num_steps(running: Running) -> int:
     path = running.folder / "out" / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return sum('"round_0/step"' in line for line in lines)
+    return sum('"round_1/step"' in line for line in lines)
 
 
 def _assert_nothing_left(running: Running) -> None:

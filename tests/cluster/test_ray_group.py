@@ -88,7 +88,7 @@ def _run(group: WorkerGroup, tiny: TinyJob, prepared: PreparedData, folder: Path
         ),
         curvature=CurvatureConfig(micro_batch_size=2),
     )
-    record = run_round(Workers(group), task)
+    record = run_round(Workers(group), task, lambda record, measured: None)
     folder.mkdir()
     group.call_all("export", str(folder), model, SaveConfig())
     return record

@@ -131,7 +131,7 @@ def test_the_demo_runs_as_a_job(head: Head, tmp_path):
     assert "'demo-1' succeeded" in submitted.out
     summary = json.loads((output / "summary.json").read_text())
     assert {row["name"] for row in summary["methods"]} >= {"original", "unlearned (SCureNewton)"}
-    assert (output / "unlearned" / "model.safetensors").exists() and (output / "report.html").exists()
+    assert (output / "unlearned" / "checkpoint" / "model.safetensors").exists() and (output / "report.html").exists()
     status, details = head.ask("api/jobs/demo-1", head.token_file.read_text())
     assert (status, details["status"], details["driver_exit_code"]) == (200, "SUCCEEDED", 0)
     # The id is the idempotency key: the same request again is refused.

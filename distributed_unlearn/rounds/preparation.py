@@ -1,0 +1,70 @@
+"""A job made ready: refused where it can be, its records read, its base hashed; then what a run works with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distributed_unlearn.config import JobConfig
+from distributed_unlearn.data.prepare import PreparedData, prepare_data
+from distributed_unlearn.errors import ConfigError
+from distributed_unlearn.files import refuse_existing
+from distributed_unlearn.models.checkpoint import require_safetensors
+from distributed_unlearn.report.run_log import RunLog
+from distributed_unlearn.rounds.events import RunEvents
+from distributed_unlearn.rounds.folder import output_folder
+from distributed_unlearn.rounds.origin import Origin, find_origin
+from distributed_unlearn.workers.client import Workers
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRun:
+    """A job whose records are read and whose base checkpoint is hashed; nothing has been started."""
+
+    job: JobConfig
+    data: PreparedData
+    origin: Origin
+    folder: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A run under way: its workers hold its corpus and see its folder."""
+
+    run: PreparedRun
+    workers: Workers
+    log: RunLog
+    events: RunEvents
+
+
+def prepare(job: JobConfig) -> PreparedData:
+    """Everything that can be refused before a weight is loaded; reads the records.
+
+    Raises:
+        ConfigError, DataError, ModelError: see the parts.
+    """
+    if job.train is None and not job.unlearns:
+        raise ConfigError("a job without forget, rounds or train", "one of them", "say what to forget or to train")
+    refuse_existing(output_folder(job.output) / "checkpoint", job.overwrite)
+    require_safetensors(job.model.path)
+    if job.retrained is not None and job.train is None:
+        require_safetensors(job.retrained)
+    return prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
+
+
+def prepare_run(job: JobConfig, folder: Path, events: RunEvents) -> PreparedRun:
+    """`prepare`, and what a result is made from; `folder` is claimed.
+
+    Raises:
+        ConfigError, DataError, ModelError: see `prepare`.
+    """
+    data = prepare(job)
+    events.prepared(job, data)
+    return PreparedRun(job, data, find_origin(job.model, data.commit), folder)
+
+
+def training_records(job: JobConfig, data: PreparedData) -> np.ndarray:
+    """Indices of the records that a training job trains on."""
+    assert job.train is not None
+    partition = data.partition
+    return partition.retain(len(partition.forget_rounds) - 1) if job.train.exclude_forget else partition.training

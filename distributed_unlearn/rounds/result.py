@@ -1,0 +1,150 @@
+"""What is written beside a checkpoint: the record, the salt, the figures and the page, and in it the model card."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from distributed_unlearn.data.erased import ErasedBefore
+from distributed_unlearn.evaluation.metrics import tug_of_war
+from distributed_unlearn.files import write_json, write_private
+from distributed_unlearn.provenance import Mark, hash_ids, hash_salt, new_salt
+from distributed_unlearn.records import (
+    RECORD_NAME,
+    ResultFiles,
+    RoundRecord,
+    RunRecord,
+    SurvivingUpdate,
+    read_record,
+    to_json,
+)
+from distributed_unlearn.report.figures import steps_figure
+from distributed_unlearn.report.page import write_page
+from distributed_unlearn.report.tables import MethodRow, erased_text
+from distributed_unlearn.rounds.origin import redacted_config
+from distributed_unlearn.rounds.preparation import PreparedRun
+
+
+def result_papers(folder: Path) -> tuple[Path, ...]:
+    """The files in an output folder that tell of its checkpoint, the record last; see `set_aside`."""
+    return folder / "record.salt", folder / "report.html", folder / RECORD_NAME
+
+
+def result_mark(run: PreparedRun, erased: Sequence[np.ndarray]) -> Mark:
+    """The mark of a result from which the records `erased` are gone, beside those that went before."""
+    return Mark(run.origin.result_id, run.data.erased.num_after(erased))
+
+
+def begin_record(
+    kind: Literal["unlearning", "training"], run: PreparedRun, files: dict[str, str], erased: Sequence[np.ndarray]
+) -> tuple[RunRecord, str | None]:
+    """What a record says of where a result comes from and of every erasure so far; the salt of its hashes, if any.
+
+    The salt of the checkpoint that the job went on from is used again, so that its hashes can be handed on as they are.
+
+    Args:
+        kind: Of the job.
+        run: The job.
+        files: Hashes of the checkpoint's files.
+        erased: The records that each round of this job erased.
+    """
+    before, origin, rounds = run.data.erased, run.origin, run.data.partition.forget_rounds
+    salt = before.salt or (new_salt() if len(erased) else None)
+    ids = run.data.corpus.record_ids
+    hashes = () if salt is None else tuple(tuple(hash_ids((ids[int(i)] for i in part), salt)) for part in erased)
+    record = RunRecord(
+        kind=kind,
+        started_at=origin.started_at,
+        config=redacted_config(run.job),
+        versions=origin.versions,
+        base=origin.base,
+        result=ResultFiles(origin.result_id, files),
+        num_retain_records=len(run.data.partition.retain(len(rounds) - 1)) if rounds else None,
+        num_erased_before=before.num_records,
+        num_erased_before_not_in_data=before.num_unknown,
+        parent=before.parent,
+        salt_sha256=None if salt is None else hash_salt(salt),
+        erased_before_sha256_salted=before.hashes,
+        erased_ids_sha256_salted=hashes,
+    )
+    return record, salt
+
+
+def write_record(folder: Path, record: RunRecord, salt: str | None) -> None:
+    """Write record.salt, which only the owner can read, then record.json.
+
+    The salt proves to its holder that a given id was erased; without it the record tells no ids. It comes first:
+    a salt without a record is of no use, and a record without its salt proves nothing.
+    """
+    if salt is not None:
+        write_private(folder / "record.salt", salt)
+    write_json(folder / RECORD_NAME, to_json(record))
+
+
+def card_lines(rounds: Sequence[RoundRecord], survival: SurvivingUpdate, before: ErasedBefore) -> list[str]:
+    """Counts and scalars for the model card."""
+    lines = [
+        f"Round {record.round_index + 1}: {record.num_forget_records} records erased, "
+        f"{record.num_retain_records} retained, {record.num_steps} steps, {record.num_products} curvature "
+        f"products, update norm {record.update_norm:.4g}."
+        for record in rounds
+    ]
+    if before.hashes:
+        lines.insert(0, f"Records {erased_text(before.num_records, before.num_unknown)}.")
+    lines.append(
+        f"Share of the update that survives {survival.dtype}: {survival.projection:.4f} "
+        f"({survival.share_of_changed_weights:.1%} of the weights changed)."
+    )
+    return lines
+
+
+def comparison_rows(record: RunRecord) -> list[MethodRow]:
+    """Before and after every round, and the retrained reference where there is one."""
+    rows: list[MethodRow] = []
+    reference = record.retrained
+    for item in record.rounds:
+        # Each round has a forget and a retain set of its own, so each has a state before it to compare with.
+        which = "" if len(record.rounds) == 1 else f" round {item.round_index + 1}"
+        before = None
+        if reference is not None and item.tug_of_war is not None:
+            before = tug_of_war(item.before, reference, tuple(reference))
+        rows.append(MethodRow(f"before{which}", item.before, before, None, None))
+        rows.append(MethodRow(f"after{which}", item.after, item.tug_of_war, item.wall_seconds, item.num_products))
+    if reference is not None:
+        rows.append(MethodRow("retrained", reference, 1.0, None, None))
+    return rows
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was drawn: from which record, with which rows of comparison."""
+
+    record: RunRecord
+    rows: list[MethodRow]
+
+
+def write_report(folder: Path) -> Report:
+    """Read the record in `folder`; draw the course of every round and write one page; an earlier run's pictures go.
+
+    A training has no pictures: its page would hold what its record says.
+
+    Raises:
+        DataError: no record, or one that cannot be read.
+    """
+    record = read_record(folder / RECORD_NAME)
+    rows = comparison_rows(record)
+    for old in folder.glob("steps_round_*.png"):
+        old.unlink()
+    images = []
+    for item in record.rounds:
+        path = folder / f"steps_round_{item.round_index + 1}.png"
+        steps_figure(item.steps, path)
+        images.append(path)
+    if record.kind == "unlearning":
+        paragraphs = [item.stop_reason for item in record.rounds]
+        if record.num_erased_before:
+            paragraphs.insert(0, erased_text(record.num_erased_before, record.num_erased_before_not_in_data))
+        write_page(folder / "report.html", f"Unlearning run {folder.name}", paragraphs, rows, record.rounds, images)
+    return Report(record, rows)

@@ -1,0 +1,127 @@
+"""An unlearning job on workers: the reference, all rounds, the checkpoint and its record."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from distributed_unlearn.config import JobConfig, ModelConfig
+from distributed_unlearn.data.prepare import PreparedData
+from distributed_unlearn.evaluation.metrics import tug_of_war
+from distributed_unlearn.files import complete_folder, expand_home
+from distributed_unlearn.provenance import hash_folder
+from distributed_unlearn.records import RoundRecord, RunRecord, SetScores, StepRecord, SurvivingUpdate
+from distributed_unlearn.report.card import model_card
+from distributed_unlearn.rounds.evaluate import evaluate_sets
+from distributed_unlearn.rounds.origin import model_to_open
+from distributed_unlearn.rounds.preparation import Session
+from distributed_unlearn.rounds.result import begin_record, card_lines, result_mark, result_papers, write_record
+from distributed_unlearn.rounds.round import RoundTask, run_round
+
+_COMPARED = ("forget", "retain", "holdout")
+
+
+def unlearn(session: Session) -> RunRecord:
+    """All rounds, the checkpoint and its record, while the workers live: ending them can fail.
+
+    Raises:
+        UserError: anything that the user can act on; nothing is left half-written.
+    """
+    job, data, workers = session.run.job, session.run.data, session.workers
+    reference = _score_reference(session)
+    model = model_to_open(job.model, data.commit)
+    with session.events.stage(f"loading {job.model.path} at ZeRO stage {job.cluster.zero_stage}"):
+        facts = workers.open_model(model, job.model.dtype, job.cluster.zero_stage)
+    session.events.opened(facts)
+    session.log.log("model", 0, asdict(facts))
+    rounds = _run_rounds(session, reference)
+    mode = workers.curvature_mode()
+    with session.events.stage("writing and reading back the checkpoint"):
+        survival, files = _write_checkpoint(session, model, rounds)
+        record, salt = begin_record("unlearning", session.run, files, data.partition.forget_rounds)
+        record = replace(
+            record, rounds=tuple(rounds), surviving_update=survival, curvature_mode=mode, retrained=reference
+        )
+        write_record(session.run.folder, record, salt)
+    session.log.log("surviving_update", 0, asdict(survival))
+    return record
+
+
+def scores_samples(job: JobConfig, data: PreparedData) -> bool:
+    """Whether the sets of the last round are scored by samples of them."""
+    limit = job.evaluation.max_records_per_set
+    last = _sets(data, len(data.partition.forget_rounds) - 1)
+    return limit is not None and any(len(indices) > limit for indices in last.values())
+
+
+def _sets(data: PreparedData, round_index: int) -> dict[str, np.ndarray]:
+    partition = data.partition
+    return {
+        "forget": partition.forget_rounds[round_index],
+        "retain": partition.retain(round_index),
+        "holdout": partition.holdout,
+    }
+
+
+def _score_reference(session: Session) -> dict[str, SetScores] | None:
+    """The retrained model's scores on the sets of the last round, if the job names one."""
+    job, data, workers = session.run.job, session.run.data, session.workers
+    if job.retrained is None:
+        return None
+    with session.events.stage(f"scoring the retrained reference {job.retrained}"):
+        model = job.model.model_copy(update={"path": expand_home(job.retrained), "revision": None})
+        workers.open_model(model, job.model.dtype, job.cluster.zero_stage)
+        last = len(data.partition.forget_rounds) - 1
+        return evaluate_sets(workers, _sets(data, last), 2 * job.curvature.micro_batch_size)[0]
+
+
+def _run_rounds(session: Session, reference: dict[str, SetScores] | None) -> list[RoundRecord]:
+    job, data = session.run.job, session.run.data
+    rounds: list[RoundRecord] = []
+    num_rounds = len(data.partition.forget_rounds)
+    for index in range(num_rounds):
+        record = _run_round(session, index, num_rounds)
+        if reference is not None and index == num_rounds - 1 and not scores_samples(job, data):
+            keys = tuple(name for name in _COMPARED if name in reference)
+            record = replace(record, tug_of_war=tug_of_war(record.after, reference, keys))
+        session.log.log("round", index + 1, {k: v for k, v in asdict(record).items() if k != "steps"})
+        session.events.round_ended(record)
+        rounds.append(record)
+    return rounds
+
+
+def _run_round(session: Session, index: int, num_rounds: int) -> RoundRecord:
+    job, partition, log = session.run.job, session.run.data.partition, session.log
+    sets = _sets(session.run.data, index)
+    with session.events.round(index, num_rounds, job.solver.max_steps) as tell:
+        task = RoundTask(
+            round_index=index,
+            forget=sets["forget"],
+            retain=sets["retain"],
+            holdout=sets["holdout"],
+            objective=job.objective,
+            solver=job.solver,
+            curvature=job.curvature,
+            earlier_forget=partition.forget_rounds[:index],
+            erased_before=partition.erased_before,
+            max_evaluated_records=job.evaluation.max_records_per_set,
+        )
+
+        def on_step(record: StepRecord, measured: Mapping[str, float]) -> None:
+            log.log(f"round_{index + 1}/step", record.step, {**asdict(record), **measured})
+            tell(record, measured)
+
+        return run_round(session.workers, task, on_step)
+
+
+def _write_checkpoint(
+    session: Session, model: ModelConfig, rounds: Sequence[RoundRecord]
+) -> tuple[SurvivingUpdate, dict[str, str]]:
+    """Write the checkpoint; returns what survives in it and the hashes of its files."""
+    job, data, folder = session.run.job, session.run.data, session.run.folder
+    with complete_folder(folder / "checkpoint", job.overwrite, result_papers(folder)) as staging:
+        survival = session.workers.export(str(staging.resolve()), model, job.save)
+        lines = card_lines(rounds, survival, data.erased)
+        (staging / "README.md").write_text(model_card(job.model.path, lines), encoding="utf-8")
+        result_mark(session.run, data.partition.forget_rounds).write(staging)
+        return survival, hash_folder(staging)  # hashed before it is in place: its record follows at once
