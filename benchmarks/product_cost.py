@@ -21,6 +21,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 from distributed_unlearn.config import ModelConfig  # noqa: E402
 from distributed_unlearn.curvature.linearisation import Linearisation  # noqa: E402
+from distributed_unlearn.curvature.trace import LossShare  # noqa: E402
 from distributed_unlearn.engine.communicator import RankSpec, connect, open_store  # noqa: E402
 from distributed_unlearn.engine.model import OpenedModel, open_model  # noqa: E402
 from distributed_unlearn.engine.partitions import prepare_deepspeed  # noqa: E402
@@ -39,7 +40,7 @@ def methods(opened: OpenedModel, ids: torch.Tensor) -> dict[str, Callable[[], ob
         return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:])
 
     def make(**flags: object) -> Linearisation:
-        return Linearisation(opened.segmented, opened.store, inputs, loss, **flags)  # type: ignore[arg-type]
+        return Linearisation(opened.segmented, opened.store, [LossShare(inputs, loss)], **flags)  # type: ignore[arg-type]
 
     cached, cached_gn = make(cached=True), make(cached=True, product="gauss_newton")
     cached.gradient(scrap)

@@ -7,6 +7,7 @@ from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.curvature.reference import double_backward, frozen_rows, gauss_newton_product
 from distributed_unlearn.curvature.segments import find_segments, trainable_names
 from distributed_unlearn.curvature.store import SegmentStore
+from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.objectives.losses import token_nll
 from tests.families import random_tangent
 
@@ -58,9 +59,12 @@ class Bench:
     def loss_of_logits(self, logits):
         return token_nll(logits, self.batch.input_ids, self.batch.answer_mask)[0].sum() / self.num_tokens
 
-    def linearise(self, product="hessian", mode="recompute"):
+    def share(self):
+        return LossShare(self.batch.inputs, self.loss_of_logits)
+
+    def linearise(self, product="hessian", mode="recompute", shares=None):
         return Linearisation(
-            self.segmented, self.store, self.batch.inputs, self.loss_of_logits, product,
+            self.segmented, self.store, shares or [self.share()], product,
             cached=mode == "cached", keep_forward=mode == "keep_forward",
         )  # fmt: skip
 

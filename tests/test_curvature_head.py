@@ -8,8 +8,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distributed_unlearn.curvature.head import rows_before_head
-from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.curvature.precision import LiftFloat32Casts
+from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.encoding import TokenBatch, TokenCorpus, collate
 from distributed_unlearn.errors import ModelError
 from tests.bench import Bench
@@ -56,9 +56,8 @@ class Selected(Bench):
 
     def linearise(self, product="hessian", mode="recompute"):
         positions, loss = (self.positions, self.loss_of_rows) if self.before_head else (None, self.loss_of_logits)
-        return Linearisation(
-            self.segmented, self.store, self.batch.inputs, loss, product, cached=mode == "cached", positions=positions
-        )
+        share = LossShare(self.batch.inputs, loss, positions)
+        return super().linearise(product, mode, [share])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

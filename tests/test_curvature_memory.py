@@ -8,7 +8,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distributed_unlearn.curvature.linearisation import Linearisation
+from distributed_unlearn.curvature.cached_size import measure_kept
+from distributed_unlearn.curvature.store import SegmentSum
+from distributed_unlearn.curvature.trace import LossShare
 from tests.bench import Bench, ModelWeights, OneRank
 from tests.families import FAMILIES, VOCABULARY, random_batch, tiny_model
 
@@ -89,6 +91,10 @@ def num_alive(references):
     return sum(reference() is not None for reference in references)
 
 
+def measure(bench, product="hessian"):
+    return measure_kept(bench.segmented, bench.store, bench.share(), product)
+
+
 def call(bench, linearisation, name):
     match name:
         case "gradient":
@@ -100,7 +106,7 @@ def call(bench, linearisation, name):
         case "loss":
             linearisation.loss()
         case "measure":
-            linearisation.measure_cached_bytes()
+            measure(bench)
 
 
 @pytest.mark.parametrize("mode", ["recompute", "keep_forward"])
@@ -125,10 +131,7 @@ def test_nothing_is_kept_after_an_error(name, mode):
         bench.loss_of_logits(logits)
         raise RuntimeError("no loss")
 
-    linearisation = Linearisation(
-        bench.segmented, bench.store, bench.batch.inputs, broken, cached=mode == "cached",
-        keep_forward=mode == "keep_forward",
-    )  # fmt: skip
+    linearisation = bench.linearise(mode=mode, shares=[LossShare(bench.batch.inputs, broken)])
     for attempt in (1, 2):  # a second call starts anew
         with pytest.raises(RuntimeError, match="no loss"):
             call(bench, linearisation, name)
@@ -163,13 +166,13 @@ def test_a_loss_keeps_what_is_cached(product):
 def test_cached_mode_keeps_no_gradient(product, name, monkeypatch):
     """Neither a block's nor the root's: only their graphs are needed once they are scattered."""
     bench, scattered = WatchedBench(), []
-    accumulate = type(bench.store).accumulate
+    add = SegmentSum.add
 
-    def note(store, segment, full, into):
-        scattered.extend(StorageWeakRef(storage_of(t)) for t in full.values() if t is not None)
-        accumulate(store, segment, full, into)
+    def note(total, results):
+        scattered.extend(StorageWeakRef(storage_of(t)) for t in results if t is not None)
+        add(total, results)
 
-    monkeypatch.setattr(type(bench.store), "accumulate", note)
+    monkeypatch.setattr(SegmentSum, "add", note)
     linearisation = bench.linearise(product, "cached")
     call(bench, linearisation, name)
     assert len(scattered) > 10 and all(reference.expired() for reference in scattered)
@@ -198,9 +201,9 @@ def test_only_what_was_asked_for_is_scattered(product, mode):
     assert bench.collectives.num_scattered == 4 * size
 
 
-def assert_measured_is_kept(bench, product):
-    measured = bench.linearise(product, "recompute").measure_cached_bytes()
-    linearisation, allocations = bench.linearise(product, "cached"), Allocations()
+def assert_measured_is_kept(bench, product, num_shares=1):
+    measured = measure(bench, product).cached(num_shares)
+    linearisation, allocations = bench.linearise(product, "cached", [bench.share()] * num_shares), Allocations()
     with allocations:
         linearisation.gradient(bench.zeros())
     kept = allocations.bytes_alive()
@@ -210,6 +213,17 @@ def assert_measured_is_kept(bench, product):
         linearisation.product(bench.direction(), bench.zeros())
     assert allocations.bytes_alive() == kept
     return measured
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_cached_mode_keeps_gathered_weights_once_for_all_micro_batches(product):
+    """Root and blocks, whatever the number of micro-batches; replicated weights are the model's own."""
+    sizes = {}
+    for partitioned in (True, False):
+        bench = WatchedBench("gemma", partitioned)
+        sizes[partitioned] = [assert_measured_is_kept(bench, product, count) for count in (1, 2, 4)]
+    weights = sum(storage_of(parameter).nbytes() for parameter in bench.model.parameters())
+    assert [a - b for a, b in zip(sizes[True], sizes[False], strict=True)] == [weights] * 3
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

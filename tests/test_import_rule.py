@@ -54,7 +54,7 @@ RULES: dict[str, UnitRule] = {
     "errors": UnitRule(_only()),
     "records": UnitRule(_only()),
     "solvers": UnitRule(_only("torch", "numpy"), _only("records", "errors")),
-    "curvature": UnitRule(_only("torch", "numpy"), _only("errors")),
+    "curvature": UnitRule(_only("torch", "numpy", "greenlet"), _only("errors")),
     "objectives": UnitRule(_only("torch", "numpy"), _only("curvature", "errors", "config")),
     "report": UnitRule(internal=_only("records", "errors")),
     # handed an open worker group, they hold scalars and know neither the engine nor who opened it

@@ -13,6 +13,7 @@ from distributed_unlearn.engine.estimate import (
     MemoryEstimate,
     ModelSize,
     elements_per_gradient,
+    elements_per_loss,
     elements_per_product,
     estimate_memory,
     estimate_training_memory,
@@ -65,7 +66,14 @@ def _gib(value: int) -> str:
 def _unlearning_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: PreparedData) -> list[Row]:
     dtype: torch.dtype = getattr(torch, job.model.dtype)
     stage, micro = job.cluster.zero_stage, job.curvature.micro_batch_size
-    memory = estimate_memory(size, hf_config, dtype, stage, _num_vectors(job), micro, prepared.report.longest)
+    solver, world = job.solver, job.cluster.num_workers
+    # A pass holds the block inputs of all its micro-batches, a product their tangents too.
+    held_inputs = max(
+        num_micro_batches(solver.gradient_batch, world, micro),
+        2 * num_micro_batches(solver.curvature_batch, world, micro),
+    )
+    longest = prepared.report.longest
+    memory = estimate_memory(size, hf_config, dtype, stage, _num_vectors(job), micro, longest, held_inputs)
     return [*_memory_rows(memory), *_round_rows(size, job, prepared)]
 
 
@@ -95,25 +103,21 @@ def _memory_rows(memory: MemoryEstimate) -> list[Row]:
         ("  vectors", _gib(memory.vectors), "gradient, Krylov basis, undo copy; fp32, partitioned"),
         ("  copies on the host", _gib(memory.host_copies), "weights at the start of job and round"),
         ("  gathered segments", _gib(memory.gathered), "root and one block: weights, tangent, two results"),
-        ("  activations", _gib(memory.activations), "one micro-batch"),
+        ("  activations", _gib(memory.activations), "block inputs of a pass, one block's graph, logits"),
     ]
 
 
 def _round_rows(size: ModelSize, job: JobConfig, prepared: PreparedData) -> list[Row]:
-    solver, world = job.solver, job.cluster.num_workers
+    solver, stage = job.solver, job.cluster.zero_stage
     per_product = solver.max_krylov_steps if solver.inner == "krylov" else solver.inner_steps + 1
     products = 0 if solver.method != "scurenewton" else solver.max_steps * per_product
-
-    micro = job.curvature.micro_batch_size
-    gradients = num_micro_batches(solver.gradient_batch, world, micro)
-    gradient = gradients * elements_per_gradient(size, job.cluster.zero_stage, False)
-    products_batches = num_micro_batches(solver.curvature_batch, world, micro)
-    product = products_batches * elements_per_product(size, job.cluster.zero_stage, False)
-    total = (solver.max_steps * gradient + products * product) * getattr(torch, job.model.dtype).itemsize
+    step = elements_per_gradient(size, stage, False) + elements_per_loss(size, stage)
+    product = elements_per_product(size, stage, False)
+    total = (solver.max_steps * step + products * product) * getattr(torch, job.model.dtype).itemsize
     rounds = max(len(prepared.partition.forget_rounds), 1)
     return [
         ("rounds", f"{rounds}", f"at most {solver.max_steps} steps each"),
         ("products a round", f"at most {products}", f"{solver.curvature_batch} records each"),
         ("communication a product", f"{product / max(size.num_trainable, 1):.2f} d", "elements a rank receives"),
-        ("communication a round", f"{total / 2**30:.3f} GiB", "a rank; gradients and products, recompute mode"),
+        ("communication a round", f"{total / 2**30:.3f} GiB", "a rank; gradients, products and trials, recompute mode"),
     ]

@@ -3,14 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-Product = Literal["hessian", "gauss_newton"]
 MaybeTensors = list[Tensor | None]
 
 
@@ -88,25 +86,27 @@ class GradientGraph:
         return [*self.leaves, self.cotangent]
 
     def pull_back(
-        self, tangents: MaybeTensors, cotangent_tangent: Tensor | None, product: Product, retain: bool
+        self, tangents: Sequence[Tensor | None], cotangent_tangent: Tensor | None, retain: bool
     ) -> MaybeTensors:
         """Tangents of `J'c` along `tangents` of the leaves and `cotangent_tangent` of the cotangent.
 
-        Hessian: `d/d leaves [ sum_k <(J'c)[k], tangents[k]> + <output, dc> ]`, because `c'f` has a
-        symmetric Hessian. Gauss-Newton: only the last term, `J'dc`.
+        `d/d leaves [ sum_k <(J'c)[k], tangents[k]> + <output, dc> ]`, because `c'f` has a symmetric Hessian; needs
+        `differentiable`.
         """
-        if product == "gauss_newton":
-            return partial_grad([self.output], self.leaves, [cotangent_tangent], retain_graph=retain)
         outputs = [*self.gradients, self.output]
         return partial_grad(outputs, self.leaves, [*tangents, cotangent_tangent], retain_graph=retain)
 
-    def push_forward(self, tangents: MaybeTensors) -> Tensor:
+    def pull_back_linear(self, cotangent_tangent: Tensor | None, retain: bool) -> MaybeTensors:
+        """`J' cotangent_tangent` alone: what `pull_back` is of a map without second derivative."""
+        return partial_grad([self.output], self.leaves, [cotangent_tangent], retain_graph=retain)
+
+    def push_forward(self, tangents: Sequence[Tensor | None]) -> Tensor:
         """`J tangents`, as the gradient of `<J'c, tangents>` by `c`; needs `differentiable`."""
         found = partial_grad(self.gradients, [self.cotangent], tangents, retain_graph=True)[0]
         return torch.zeros_like(self.cotangent) if found is None else found
 
 
-def push_forward(output: Tensor, leaves: list[Tensor], tangents: MaybeTensors) -> Tensor:
+def push_forward(output: Tensor, leaves: list[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
     """`J tangents` of a graph-attached `output`, in reverse mode only (twice `J'`)."""
     if not output.requires_grad:
         return torch.zeros_like(output)
@@ -144,6 +144,9 @@ class HeldStorages:
 
     def sizes(self, tensors: Iterable[Tensor]) -> dict[int, int]:
         """`{address: bytes}` of all storages that watched graphs hold now, and of those of `tensors`."""
-        alive = [*(saved.tensor for saved in self._saved), *tensors]
-        storages = [tensor.untyped_storage() for tensor in alive]
+        return self.sizes_of([*(saved.tensor for saved in self._saved), *tensors])
+
+    def sizes_of(self, tensors: Iterable[Tensor]) -> dict[int, int]:
+        """`{address: bytes}` of the storages of `tensors`."""
+        storages = [tensor.untyped_storage() for tensor in tensors]
         return {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in self._ignored}

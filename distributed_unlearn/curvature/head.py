@@ -16,13 +16,35 @@ from distributed_unlearn.errors import ModelError
 
 
 class RowSelection:
-    """What became of one forward pass's choice of rows."""
+    """One forward pass's choice of rows, and what became of it.
 
-    def __init__(self, positions: Tensor | None) -> None:
+    Args:
+        model: its `get_output_embeddings()` is cut; where it has none the rows are chosen from finished logits.
+        positions: int64 [N], unique, into the flattened [B * T] positions; None: the logits as the model returns
+            them, e.g. a classifier's [B, V].
+    """
+
+    def __init__(self, model: nn.Module, positions: Tensor | None) -> None:
         self._positions = positions
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if positions is not None and get_head is not None else None
+        self._head = head if isinstance(head, nn.Module) else None
         self._num_calls = 0
 
-    def cut(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Context in which this forward pass may reach the output embedding, and no other one does."""
+        if self._head is None:
+            yield
+            return
+        # Before the model's own hooks: those of partitioned training gather by module, whatever it is called with.
+        handle = self._head.register_forward_pre_hook(self._cut)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _cut(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook of the output embedding: hidden states [B, T, D] -> the chosen ones [1, N, D]."""
         del head
         assert self._positions is not None
@@ -56,23 +78,13 @@ def rows_before_head(model: nn.Module, positions: Tensor | None) -> Iterator[Row
     """Context for one forward pass of `model`, of which only some rows of logits are wanted.
 
     Args:
-        model: its `get_output_embeddings()` is cut; where it has none the rows are chosen from finished logits.
-        positions: int64 [N], unique, into the flattened [B * T] positions; None: the logits as the model returns
-            them, e.g. a classifier's [B, V].
+        model: see `RowSelection`.
+        positions: likewise.
 
     Yields:
         The selection; `rows` turns the model's logits into those that are wanted. The same numbers either way, but
         for the order in which matrix products add up.
     """
-    selection = RowSelection(positions)
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if positions is not None and get_head is not None else None
-    if not isinstance(head, nn.Module):
+    selection = RowSelection(model, positions)
+    with selection.in_force():
         yield selection
-        return
-    # Before the model's own hooks: those of partitioned training gather by module, whatever it is called with.
-    handle = head.register_forward_pre_hook(selection.cut)
-    try:
-        yield selection
-    finally:
-        handle.remove()

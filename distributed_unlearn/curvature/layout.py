@@ -125,15 +125,39 @@ def pack(
 
     Rows frozen by `padding_idx` are zeroed.
     """
-    width = sum(slot.shard_numel for slot in slots)
-    rows = torch.zeros(world_size, width, dtype=like.dtype, device=like.device)
+    rows = empty_rows(slots, world_size, like)
     for slot in slots:
         tensor = full.get(slot.name)
-        if tensor is None:
-            continue
-        padded = rows.new_zeros(world_size * slot.shard_numel)
-        padded[: slot.numel] = tensor.reshape(-1)
-        if slot.frozen_row is not None:
-            padded[: slot.numel].view(slot.shape)[slot.frozen_row].zero_()
-        rows[:, slot.offset : slot.offset + slot.shard_numel] = padded.view(world_size, -1)
+        if tensor is not None:
+            add_to_rows(rows, slot, tensor)
+    zero_frozen_rows(rows, slots)
     return rows.view(-1)
+
+
+def empty_rows(slots: Sequence[Slot], world_size: int, like: torch.Tensor) -> torch.Tensor:
+    """Zeros for a whole segment, row `r` being what rank `r` owns: [world_size, slice] in `like`'s dtype and device."""
+    width = sum(slot.shard_numel for slot in slots)
+    return torch.zeros(world_size, width, dtype=like.dtype, device=like.device)
+
+
+def add_to_rows(rows: torch.Tensor, slot: Slot, full: torch.Tensor) -> None:
+    """Add a full parameter-shaped tensor at its place in `rows` [world_size, slice], in `rows`' dtype."""
+    columns = rows[:, slot.offset : slot.offset + slot.shard_numel]
+    flat = full.reshape(-1)
+    num_whole = slot.numel // slot.shard_numel
+    num_covered = num_whole * slot.shard_numel
+    columns[:num_whole] += flat[:num_covered].view(num_whole, -1)
+    if num_covered < slot.numel:
+        columns[num_whole, : slot.numel - num_covered] += flat[num_covered:]
+
+
+def zero_frozen_rows(rows: torch.Tensor, slots: Sequence[Slot]) -> None:
+    """Zero what belongs to rows frozen by `padding_idx`, in `rows` [world_size, slice]."""
+    for slot in slots:
+        if slot.frozen_row is None:
+            continue
+        length = slot.numel // slot.shape[0]
+        begin, end = slot.frozen_row * length, (slot.frozen_row + 1) * length
+        for rank in range(begin // slot.shard_numel, -(-end // slot.shard_numel)):
+            first, last = max(begin - rank * slot.shard_numel, 0), min(end - rank * slot.shard_numel, slot.shard_numel)
+            rows[rank, slot.offset + first : slot.offset + last] = 0

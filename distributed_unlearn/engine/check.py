@@ -25,6 +25,7 @@ from distributed_unlearn.curvature.reference import (
     double_backward,
     gauss_newton_product,
 )
+from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.sampling import cut
 from distributed_unlearn.engine.model import OpenedModel
 from distributed_unlearn.models.family import CheckBatch, build
@@ -132,8 +133,7 @@ def check_curvature(opened: OpenedModel, check: CurvatureCheck) -> CurvatureRepo
         linearisation = Linearisation(
             opened.segmented,
             opened.store,
-            mine.inputs,
-            _loss_of(mine, batch.num_labels),
+            [LossShare(mine.inputs, _loss_of(mine, batch.num_labels))],
             check.product,
             cached=check.mode == "cached",
         )

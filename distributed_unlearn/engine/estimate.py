@@ -44,7 +44,7 @@ class MemoryEstimate:
     gathered: int
     """Weights, tangent, gradient and product of the root and of one block, unpartitioned."""
     activations: int
-    """Block inputs with tangents, logits and one block's graph for one micro-batch (recompute mode)."""
+    """Block inputs with tangents of all micro-batches of a pass, logits and one block's graph for one micro-batch."""
 
     @property
     def total(self) -> int:
@@ -114,8 +114,12 @@ def estimate_memory(
     num_vectors: int,
     micro_batch_size: int,
     sequence_length: int,
+    held_inputs: int,
 ) -> MemoryEstimate:
-    """Largest terms of one rank's memory; `num_vectors` are the solver's parameter vectors."""
+    """Largest terms of one rank's memory; `num_vectors` are the solver's parameter vectors.
+
+    `held_inputs`: of how many micro-batches a pass holds the block inputs at once, tangents counted as inputs.
+    """
     world, item = size.layout.world_size, dtype.itemsize
     shard = size.layout.vector_numel * 4
     weights = (size.num_parameters // world if zero_stage == 3 else size.num_parameters) * item
@@ -124,7 +128,9 @@ def estimate_memory(
     tokens, hidden, block = _activation_sizes(hf_config, micro_batch_size, sequence_length)
     layers = max(size.num_blocks, 1)
     # A product holds a block's gradient graph and its tangents beside its graph, about three times that.
-    activations = item * (2 * layers * tokens * hidden + 3 * block) + 4 * 4 * tokens * int(hf_config.vocab_size)
+    activations = item * (held_inputs * layers * tokens * hidden + 3 * block) + 4 * 4 * tokens * int(
+        hf_config.vocab_size
+    )
     return MemoryEstimate(
         weights=weights,
         vectors=num_vectors * shard,
@@ -159,13 +165,18 @@ def estimate_training_memory(
 
 
 def elements_per_product(size: ModelSize, zero_stage: int, cached: bool) -> int:
-    """Elements that collectives deliver to a rank for one product without gradient, one micro-batch."""
+    """Elements that collectives deliver to a rank for one product without gradient, all micro-batches."""
     return _elements(size, zero_stage, weight_gathers=0 if cached else 2, root_weights=not cached, products=True)
 
 
 def elements_per_gradient(size: ModelSize, zero_stage: int, keep_forward: bool) -> int:
-    """Elements that collectives deliver to a rank for one gradient, one micro-batch."""
+    """Elements that collectives deliver to a rank for one gradient, all micro-batches."""
     return _elements(size, zero_stage, weight_gathers=1 if keep_forward else 2, root_weights=True, products=False)
+
+
+def elements_per_loss(size: ModelSize, zero_stage: int) -> int:
+    """Elements that collectives deliver to a rank for one loss alone, all micro-batches; weights are gathered once."""
+    return size.layout.world_size * (size.layout.vector_numel + size.layout.frozen_numel) if zero_stage == 3 else 0
 
 
 def _elements(size: ModelSize, zero_stage: int, weight_gathers: int, root_weights: bool, products: bool) -> int:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from distributed_unlearn.curvature.linearisation import Linearisation
+from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.batches import Corpus, PredictionBatch
 from distributed_unlearn.engine.inputs import scoring_micro_batches
 from distributed_unlearn.engine.model import OpenedModel
@@ -46,7 +47,8 @@ def gather_evidence(opened: OpenedModel, corpus: Corpus, indices: Indices, micro
     for chosen in scoring_micro_batches(corpus, indices, communicator.rank, communicator.world_size, micro_batch_size):
         batch = corpus.batch(chosen).to(communicator.device)
         noted = _Noted(batch)
-        Linearisation(opened.segmented, opened.store, batch.inputs, noted, positions=batch.positions).loss()
+        share = LossShare(batch.inputs, noted, batch.positions)
+        Linearisation(opened.segmented, opened.store, [share]).loss()
         counts = corpus.num_answer_tokens(chosen)
         assert counts.sum() == len(batch.labels), "a batch whose predictions are not those of its records"
         nll, odds, hits = (column.cpu().numpy() for column in noted.columns)

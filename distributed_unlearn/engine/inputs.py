@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.batches import Corpus, PredictionBatch
 from distributed_unlearn.data.sampling import cut, micro_batches, num_micro_batches
 from distributed_unlearn.objectives.objective import Objective
@@ -69,6 +70,11 @@ class MicroBatch:
 
     batch: PredictionBatch
     loss: MicroBatchLoss
+
+    @property
+    def share(self) -> LossShare:
+        """As a linearisation takes it."""
+        return LossShare(self.batch.inputs, self.loss, self.batch.positions)
 
 
 def local_micro_batches(

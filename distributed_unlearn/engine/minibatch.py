@@ -4,15 +4,19 @@ Every method is collective unless it says otherwise: all ranks must call the sam
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-import psutil
+import numpy as np
 import torch
 from torch import Tensor
 
+from distributed_unlearn.curvature.cached_size import KeptBytes, measure_kept
 from distributed_unlearn.curvature.linearisation import Linearisation
+from distributed_unlearn.curvature.operators import Product
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.data.sampling import draw
 from distributed_unlearn.engine.inputs import MicroBatch, Minibatch, local_micro_batches
+from distributed_unlearn.engine.memory import free_bytes
 from distributed_unlearn.engine.model import OpenedModel
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.workers.messages import RoundSpec
@@ -27,10 +31,61 @@ class LossAndTerms:
     """The objective's parts by name; their sum need not be the loss."""
 
 
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the passes of a round keep, decided once, the same on every rank. It changes cost, never a result."""
+
+    cached: bool
+    """Whether products keep their graphs."""
+    keep_forward: bool
+    """Whether a gradient keeps the blocks' graphs from forward to backward."""
+    gradient_group: int
+    """Micro-batches that go through one gradient pass together."""
+    product_group: int
+    """The same for a product."""
+    cached_bytes: int
+    """What cached mode would keep between products; 0 where there are none."""
+
+
+def plan_memory(
+    kept: KeptBytes, budget: float, mode: Literal["auto", "cached", "recompute"], num_gradient: int, num_product: int
+) -> MemoryPlan:
+    """Choose what is kept, from what one micro-batch of the widest records keeps.
+
+    - Products keep their graphs if those of all their micro-batches fit (`auto`) or because they have to (`cached`).
+    - A gradient keeps its blocks' graphs (saving the recomputation, F of 4F) if at most two passes are needed for
+      that: it then gathers weights no more often than with recomputation. Never where the mode is `recompute`.
+    - Else a pass holds the block inputs of as many micro-batches as fit, at least of one.
+
+    Args:
+        kept: bytes of one micro-batch of the widest records, largest rank.
+        budget: bytes for what is kept, smallest rank.
+        mode: as configured.
+        num_gradient: micro-batches of the gradient minibatch on each rank.
+        num_product: those of the curvature minibatch; 0 where there are no products.
+    """
+    together = max(1, int(budget // max(kept.inputs, 1)))
+    cached_bytes = kept.cached(num_product) if num_product > 0 else 0
+    cached = num_product > 0 and (mode == "cached" or (mode == "auto" and cached_bytes <= budget))
+    with_graphs = int(max(budget - kept.weights, 0) // max(kept.forward_graphs, 1))
+    if cached:
+        with_graphs = max(with_graphs, num_product)  # their graphs are a part of what products keep
+    keep_forward = mode != "recompute" and 2 * with_graphs >= num_gradient
+    return MemoryPlan(
+        cached=cached,
+        keep_forward=keep_forward,
+        gradient_group=min(with_graphs if keep_forward else together, num_gradient),
+        product_group=num_product if cached else min(together, num_product),
+        cached_bytes=cached_bytes,
+    )
+
+
 class MinibatchObjective:
     """A round's objective at the current weights, on the minibatches of the step that `draw` has begun.
 
-    A step has two minibatches: the gradient's, on which losses are measured too, and its head, the curvature's.
+    A step has two minibatches: the gradient's, on which losses are measured too, and its head, the curvature's. All
+    micro-batches of one go through the model together, so that a segment's weights are gathered once a pass; where
+    that would keep more than the memory budget, they go in groups.
     Vectors are flat shards, [vector_numel] in the master's dtype.
     """
 
@@ -40,10 +95,8 @@ class MinibatchObjective:
         self._gradient_batches: list[MicroBatch] = []
         self._curvature_minibatch: Minibatch | None = None
         self._linearisations: list[Linearisation] = []
-        self.cached: bool | None = None
-        """Whether products keep their graphs; decided at the first product."""
-        self.cached_bytes = 0
-        """What cached mode would keep (measured on one micro-batch, scaled), largest rank."""
+        self.memory: MemoryPlan | None = None
+        """What passes keep; decided at the first of them."""
 
     def draw(self, step_index: int) -> None:
         """Draw the step's minibatches; the graphs of the step before are dropped. Not collective."""
@@ -62,12 +115,9 @@ class MinibatchObjective:
 
         With `exact_loss` the loss is that of `loss`: what trials are compared with must be as exact as they are.
         """
-        local = torch.zeros((), dtype=torch.float64)
-        # Keeping the blocks' graphs from forward to backward is safe once cached mode is known to fit: a gradient's
-        # graph is a part of what a product keeps.
-        keep = self._spec.curvature.mode == "cached" or self.cached is True
-        for linearisation in self._linearise(self._gradient_batches, cached=False, keep_forward=keep):
-            local += linearisation.gradient(gradient).double().cpu()
+        memory, local = self._decided(), torch.zeros((), dtype=torch.float64)
+        for group in _groups(self._gradient_batches, memory.gradient_group):
+            local += self._linearise(group, keep_forward=memory.keep_forward).gradient(gradient).cpu()
         if exact_loss and self._opened.exact_store is not self._opened.store:
             local = self._local_loss()
         names = sorted(self._gradient_batches[0].loss.terms)
@@ -77,12 +127,12 @@ class MinibatchObjective:
 
     def product(self, vector: Tensor) -> Tensor:
         """`H v` or `G v` on the curvature minibatch, a new vector. All ranks must call this."""
+        memory = self._decided()
         if not self._linearisations:
             assert self._curvature_minibatch is not None, "a product before draw"
             batches = self._micro_batches(self._curvature_minibatch)
-            if self.cached is None:
-                self.cached = self._choose_mode(batches)
-            self._linearisations = self._linearise(batches, self.cached)
+            groups = _groups(batches, memory.product_group)
+            self._linearisations = [self._linearise(group, cached=memory.cached) for group in groups]
         result = torch.zeros_like(vector)
         for linearisation in self._linearisations:
             linearisation.product(vector, result)
@@ -117,39 +167,58 @@ class MinibatchObjective:
         )
 
     def _linearise(
-        self, batches: list[MicroBatch], cached: bool, keep_forward: bool = False, exact: bool = False
-    ) -> list[Linearisation]:
-        opened, product = self._opened, self._spec.curvature.product
-        store = opened.exact_store if exact else opened.store
-        return [
-            Linearisation(
-                opened.segmented,
-                store,
-                micro.batch.inputs,
-                micro.loss,
-                product,
-                cached=cached,
-                keep_forward=keep_forward,
-                positions=micro.batch.positions,
-            )
-            for micro in batches
-        ]
+        self, batches: list[MicroBatch], cached: bool = False, keep_forward: bool = False, exact: bool = False
+    ) -> Linearisation:
+        opened = self._opened
+        return Linearisation(
+            opened.segmented,
+            opened.exact_store if exact else opened.store,
+            [micro.share for micro in batches],
+            self._spec.curvature.product,
+            cached=cached,
+            keep_forward=keep_forward,
+        )
 
-    def _choose_mode(self, batches: list[MicroBatch]) -> bool:
-        """Cached or recompute, the same on every rank; measures one micro-batch when the mode is `auto`."""
-        config, communicator = self._spec.curvature, self._opened.communicator
-        if config.mode != "auto":
-            return config.mode == "cached"
-        [first] = self._linearise(batches[:1], cached=False)
-        kept = first.measure_cached_bytes() * len(batches)
-        self.cached_bytes = int(communicator.all_reduce_max(torch.tensor([float(kept)]))[0])
-        if config.memory_budget_gib is not None:
-            budget = config.memory_budget_gib * 2**30
-        elif communicator.device.type == "cuda":
-            budget = torch.cuda.mem_get_info()[0] / 2
-        else:
-            budget = psutil.virtual_memory().available / communicator.spec.local_world_size / 2
-        return communicator.all_true(self.cached_bytes <= budget)
+    def _decided(self) -> MemoryPlan:
+        """What passes keep, for the whole round. All ranks must call this."""
+        if self.memory is None:
+            assert self._curvature_minibatch is not None, "a pass before draw"
+            uses_products = self._spec.solver.method == "scurenewton"
+            config, communicator = self._spec.curvature, self._opened.communicator
+            num_product = len(self._micro_batches(self._curvature_minibatch)) if uses_products else 0
+            measured = self._measure(config.product if uses_products else None)
+            sizes = [measured.weights, measured.graphs, measured.forward_graphs, measured.inputs]
+            if config.memory_budget_gib is None:
+                budget = free_bytes(communicator) / 2
+            else:
+                budget = config.memory_budget_gib * 2**30
+            largest = communicator.all_reduce_max(torch.tensor([-budget, *sizes], dtype=torch.float64))
+            kept = KeptBytes(*(int(size) for size in largest[1:]))
+            num_gradient = len(self._gradient_batches)
+            self.memory = plan_memory(kept, -float(largest[0]), config.mode, num_gradient, num_product)
+        return self.memory
+
+    def _measure(self, product: Product | None) -> KeptBytes:
+        """Sizes on a micro-batch of the round's longest records, the same ones on every rank.
+
+        The first step's own micro-batches may be far shorter than those of a later step. All ranks must call this.
+        """
+        spec, opened = self._spec, self._opened
+        widest = Minibatch(np.empty(0, dtype=np.int64), np.concatenate([spec.forget, spec.retain]))
+        lengths = self._corpus.lengths(widest.retain)
+        size = spec.curvature.micro_batch_size
+        longest = widest.retain[np.argsort(-lengths, kind="stable")[:size]]
+        [batch] = local_micro_batches(
+            self._corpus,
+            Minibatch(longest[:0], longest),
+            self._objective,
+            spec.reference_nll,
+            0,
+            1,
+            size,
+            opened.communicator.device,
+        )
+        return measure_kept(opened.segmented, opened.store, batch.share, product)
 
     def _local_loss(self) -> Tensor:
         """This rank's share of the loss on the gradient minibatch, at the master's precision.
@@ -157,7 +226,11 @@ class MinibatchObjective:
         A step changes weights by less than bfloat16 resolves: a trial in the compute dtype would see a few per cent
         of it and reject every step.
         """
-        local = torch.zeros((), dtype=torch.float64)
-        for linearisation in self._linearise(self._gradient_batches, cached=False, exact=True):
-            local += linearisation.loss().double().cpu()
+        memory, local = self._decided(), torch.zeros((), dtype=torch.float64)
+        for group in _groups(self._gradient_batches, memory.gradient_group):
+            local += self._linearise(group, exact=True).loss().cpu()
         return local
+
+
+def _groups(batches: list[MicroBatch], size: int) -> list[list[MicroBatch]]:
+    return [batches[start : start + size] for start in range(0, len(batches), size)]

@@ -35,13 +35,13 @@ class ShardedOracle:
 
     @property
     def cached(self) -> bool | None:
-        """Whether products keep their graphs; None before the first product."""
-        return self._minibatch.cached
+        """Whether products keep their graphs; None before the first gradient."""
+        return None if self._minibatch.memory is None else self._minibatch.memory.cached
 
     @property
     def cached_bytes(self) -> int:
-        """What cached mode keeps on the largest rank; 0 where it was not measured."""
-        return self._minibatch.cached_bytes
+        """What cached mode keeps, or would keep, on the largest rank; 0 where there are no products."""
+        return 0 if self._minibatch.memory is None else self._minibatch.memory.cached_bytes
 
     # -- StepOracle ---------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ def measure(worker: Worker, plan: Plan, case: Case, with_step: bool) -> dict[str
 def sweep(
     worker: Worker, plan: Plan, case: Case, size: int, vector: torch.Tensor
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Loss, gradient and product on the first `size` records, micro-batch by micro-batch."""
+    """Loss, gradient and product on the first `size` records, all micro-batches in one pass."""
     opened, communicator = worker.opened, worker.communicator
     spec = round_spec(case.problem)
     batches = local_micro_batches(
@@ -124,14 +124,10 @@ def sweep(
         communicator.device,
     )
     gradient, product = torch.zeros_like(vector), torch.zeros_like(vector)
-    local = torch.zeros(1, dtype=torch.float64)
-    for micro in batches:
-        linearisation = Linearisation(
-            opened.segmented, opened.store, micro.batch.inputs, micro.loss, cached=case.mode == "cached",
-            positions=micro.batch.positions,
-        )  # fmt: skip
-        local += linearisation.product(vector, product, gradient).double()
-    return float(communicator.all_reduce_sum(local)[0]), gradient, product
+    shares = [micro.share for micro in batches]
+    linearisation = Linearisation(opened.segmented, opened.store, shares, cached=case.mode == "cached")
+    local = linearisation.product(vector, product, gradient)
+    return float(communicator.all_reduce_sum(local.reshape(1))[0]), gradient, product
 
 
 def scores(worker: Worker, plan: Plan, stage: int) -> Any:
@@ -142,28 +138,29 @@ def scores(worker: Worker, plan: Plan, stage: int) -> Any:
 
 
 def elements(worker: Worker, plan: Plan, stage: int) -> dict[str, int]:
-    """What the communicator counts for one product and one gradient on one micro-batch."""
+    """What the communicator counts for one call on one micro-batch, and on as many as records (some empty)."""
     found = {}
     for share, trainable in TRAINABLE.items():
         config = ModelConfig(path=str(plan.folder / "odd_llama"), trainable=trainable)
         worker.open_model(config, "float32", stage)
-        found.update({f"{share} {name}": count for name, count in _elements_of_calls(worker, plan).items()})
+        for size in (99, 1):
+            counts = _elements_of_calls(worker, plan, size)
+            found.update({f"{share} {name} micro {size}": count for name, count in counts.items()})
     return found
 
 
-def _elements_of_calls(worker: Worker, plan: Plan) -> dict[str, int]:
+def _elements_of_calls(worker: Worker, plan: Plan, micro_batch_size: int) -> dict[str, int]:
     opened, communicator, spec = worker.opened, worker.communicator, round_spec(Problem())
-    [micro] = local_micro_batches(
+    batches = local_micro_batches(
         plan.corpus, minibatch_of(Problem(), 5), build_objective(spec.objective, HOLDOUT_LOSS), {},
-        communicator.rank, communicator.world_size, 99, communicator.device,
+        communicator.rank, communicator.world_size, micro_batch_size, communicator.device,
     )  # fmt: skip
+    assert (len(batches) > 1) == (micro_batch_size == 1)
+    shares = [micro.share for micro in batches]
     vector = torch.zeros_like(opened.weights.master)
 
     def linearise(cached: bool = False, keep_forward: bool = False) -> Linearisation:
-        return Linearisation(
-            opened.segmented, opened.store, micro.batch.inputs, micro.loss, cached=cached, keep_forward=keep_forward,
-            positions=micro.batch.positions,
-        )  # fmt: skip
+        return Linearisation(opened.segmented, opened.store, shares, cached=cached, keep_forward=keep_forward)
 
     def moved(call: Any, *arguments: Any) -> int:
         before = communicator.num_elements_moved
@@ -177,6 +174,7 @@ def _elements_of_calls(worker: Worker, plan: Plan) -> dict[str, int]:
         "gradient recompute": moved(linearise().gradient, vector),
         "gradient keep_forward": moved(linearise(keep_forward=True).gradient, vector),
         "product recompute": moved(linearise().product, vector, vector.clone()),
+        "loss": moved(linearise().loss),
     }
 
 

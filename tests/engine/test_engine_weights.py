@@ -8,7 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distributed_unlearn.data.encoding import collate
-from distributed_unlearn.engine.estimate import elements_per_gradient, elements_per_product, measure_model
+from distributed_unlearn.engine.estimate import (
+    elements_per_gradient,
+    elements_per_loss,
+    elements_per_product,
+    measure_model,
+)
 from distributed_unlearn.objectives.losses import correct_tokens, token_nll
 from tests.engine.cases import TRAINABLE, assemble
 from tests.engine.checkpoints import NUM_RECORDS
@@ -134,8 +139,11 @@ def test_the_plan_counts_what_a_run_moves(world_size, stage, share, results, che
         "gradient recompute": elements_per_gradient(size, stage, keep_forward=False),
         "gradient keep_forward": elements_per_gradient(size, stage, keep_forward=True),
         "product recompute": elements_per_product(size, stage, cached=False),
+        "loss": elements_per_loss(size, stage),
     }
     for rank in results.of(world_size, f"elements {stage}"):
-        assert {name: rank[f"{share} {name}"] for name in expected} == expected
+        for micro_batch_size in (99, 1):  # weights are gathered once a pass, however many micro-batches it has
+            found = {name: rank[f"{share} {name} micro {micro_batch_size}"] for name in expected}
+            assert found == expected
     saved = expected["product recompute"] - expected["product cached"]
     assert saved > 0 if stage == 3 else saved == 0  # below stage 3 no weight is gathered
