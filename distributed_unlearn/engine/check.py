@@ -71,7 +71,7 @@ def _reference_model(opened: OpenedModel) -> nn.Module | None:
     targets = {} if model is None else dict(model.named_parameters())
     for segment in opened.layout.segments:
         for slot in (*segment.trainable, *segment.frozen):
-            full = opened.weights.gather_master(segment, slot)
+            full = opened.weights.gather_parameter(segment, slot)
             if on_zero:
                 targets[slot.qualified_name].data.copy_(full.double().cpu())
     if model is not None:

@@ -1,49 +1,36 @@
 """Write a complete Hugging Face checkpoint from shards, one parameter in memory at a time.
 
-All ranks plan the same files from the layout alone, then gather parameter after parameter; file `i` is
-collected and written by rank `i mod world_size`. So no rank holds more than one file and one parameter. With
+All ranks plan the same files from names and shapes alone, then gather parameter after parameter (or the few that
+become one tensor of the files); file `i` is collected and written by rank `i mod world_size`. So no rank holds more
+than one file and one parameter. With
 ranks on several nodes the folder must be on storage that all of them share.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
-from distributed_unlearn.curvature.layout import SegmentLayout, Slot, shard_of
+from distributed_unlearn.config import ModelConfig, SaveConfig
+from distributed_unlearn.curvature.layout import SegmentLayout, Slot
 from distributed_unlearn.engine.model import OpenedModel
+from distributed_unlearn.models.saved_names import SavedForm, SavedGroup, WholeCheckpoint
 from distributed_unlearn.records import SurvivingUpdate
 
 
-def _slots(opened: OpenedModel) -> Iterator[tuple[SegmentLayout, Slot]]:
-    for segment in opened.layout.segments:
-        for slot in (*segment.trainable, *segment.frozen):
-            yield segment, slot
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    found = {}
-    for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = buffer
-    return found
-
-
-def _plan_files(opened: OpenedModel, dtype: torch.dtype, max_bytes: int) -> list[list[tuple[SegmentLayout, Slot]]]:
-    files: list[list[tuple[SegmentLayout, Slot]]] = [[]]
+def _plan_files(form: SavedForm, dtype: torch.dtype, max_bytes: int) -> list[list[SavedGroup]]:
+    files: list[list[SavedGroup]] = [[]]
     size = 0
-    for segment, slot in _slots(opened):
-        needed = slot.numel * dtype.itemsize
+    for group in form.groups:
+        needed = group.numel * dtype.itemsize
         if files[-1] and size + needed > max_bytes:
             files.append([])
             size = 0
-        files[-1].append((segment, slot))
+        files[-1].append(group)
         size += needed
     return files
 
@@ -52,71 +39,126 @@ def _file_name(stem: str, index: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def write_weights(opened: OpenedModel, folder: Path, dtype: torch.dtype, max_bytes: int, stem: str = "model") -> None:
+def _places(opened: OpenedModel) -> dict[str, tuple[SegmentLayout, Slot]]:
+    return {
+        slot.qualified_name: (segment, slot)
+        for segment in opened.layout.segments
+        for slot in (*segment.trainable, *segment.frozen)
+    }
+
+
+def write_weights(opened: OpenedModel, form: SavedForm, folder: Path, dtype: torch.dtype, max_bytes: int) -> None:
     """Write the weights as safetensors files of at most `max_bytes`, with an index where there are several.
 
-    All ranks must call this.
+    Parameters that are converted together go into one file. All ranks must call this.
     """
-    communicator = opened.communicator
-    files = _plan_files(opened, dtype, max_bytes)
-    places: dict[str, str] = {}
+    communicator, places = opened.communicator, _places(opened)
+    files = _plan_files(form, dtype, max_bytes)
+    keys: dict[str, str] = {}
     for index, members in enumerate(files):
         mine: dict[str, Tensor] = {}
-        name = _file_name(stem, index, len(files))
-        for segment, slot in members:
-            full = opened.weights.gather_master(segment, slot)
-            places[slot.qualified_name] = name
+        name = _file_name(form.stem, index, len(files))
+        for group in members:
+            full = {member: opened.weights.gather_parameter(*places[member]) for member in group.members}
+            keys.update(dict.fromkeys(group.shapes, name))
             if index % communicator.world_size == communicator.rank:
-                mine[slot.qualified_name] = full.to(dtype, copy=True).cpu().contiguous()
+                tensors = form.tensors(full).items()
+                mine.update({key: value.to(dtype, copy=True).cpu().contiguous() for key, value in tensors})
         if index == 0:
-            buffers = _persistent_buffers(opened.model)
-            places.update(dict.fromkeys(buffers, name))
+            buffers = form.buffers()
+            keys.update(dict.fromkeys(buffers, name))
             if communicator.rank == 0:
                 mine.update({key: value.detach().cpu().contiguous() for key, value in buffers.items()})
         if mine:
             save_file(mine, folder / name, metadata={"format": "pt"})
     communicator.barrier()
     if communicator.rank == 0 and len(files) > 1:
-        total = sum(slot.numel * dtype.itemsize for _, slot in _slots(opened))
-        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
-        (folder / f"{stem}.safetensors.index.json").write_text(index_text + "\n", encoding="utf-8")
+        total = sum(group.numel * dtype.itemsize for group in form.groups)
+        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": keys}, indent=2)
+        (folder / f"{form.stem}.safetensors.index.json").write_text(index_text + "\n", encoding="utf-8")
     communicator.barrier()
 
 
 def measure_surviving_update(
-    opened: OpenedModel, folder: Path, dtype: torch.dtype, max_bytes: int, initial: Tensor
+    opened: OpenedModel, form: SavedForm, folder: Path, dtype: torch.dtype, max_bytes: int, initial: Tensor
 ) -> SurvivingUpdate:
     """Read the files back and compare with the weights at the start. All ranks must call this.
 
+    The comparison is made on the tensors of the files, each by the rank that wrote it.
+
     Args:
         opened: the model as it was written.
+        form: as given to `write_weights`.
         folder: where `write_weights` wrote it.
         dtype: the saved dtype.
         max_bytes: as given to `write_weights`.
         initial: this rank's master shard at the start [vector_numel].
     """
-    communicator, files = opened.communicator, _plan_files(opened, dtype, max_bytes)
-    sums = torch.zeros(4, dtype=torch.float64)
-    for index, members in enumerate(files):
-        with safe_open(folder / _file_name("model", index, len(files)), framework="pt") as reader:
-            for segment, slot in members:
-                if not slot.trainable:
-                    continue
-                saved = shard_of(reader.get_tensor(slot.qualified_name), slot, communicator.rank, torch.float64)
-                begin = segment.start + slot.offset
-                before = initial[begin : begin + slot.shard_numel].double().cpu()
-                update = opened.weights.master[begin : begin + slot.shard_numel].double().cpu() - before
-                kept = saved - before
-                parts = [update @ update, kept @ kept, kept @ update, torch.count_nonzero(kept).double()]
-                sums += torch.stack(parts)
+    communicator, places = opened.communicator, _places(opened)
+    files, sums = _plan_files(form, dtype, max_bytes), torch.zeros(5, dtype=torch.float64)
+    for index, groups in enumerate(files):
+        path = folder / _file_name(form.stem, index, len(files))
+        for group in groups:
+            members = {member: places[member] for member in group.members}
+            if not any(slot.trainable for _, slot in members.values()):
+                continue
+            before, now = (
+                {name: opened.weights.gather_parameter(*place, vector) for name, place in members.items()}
+                for vector in (initial, None)
+            )
+            if index % communicator.world_size == communicator.rank:
+                sums += _compare(path, form.tensors(before), form.tensors(now))
     total = [float(value) for value in communicator.all_reduce_sum(sums)]
     return SurvivingUpdate(
         update_norm=total[0] ** 0.5,
         saved_update_norm=total[1] ** 0.5,
         projection=total[2] / total[0] if total[0] > 0 else 1.0,
-        share_of_changed_weights=total[3] / max(opened.layout.num_trainable, 1),
+        share_of_changed_weights=total[3] / max(total[4], 1.0),
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def _compare(path: Path, before: dict[str, Tensor], now: dict[str, Tensor]) -> Tensor:
+    """`||Delta||^2`, `||saved - before||^2`, their inner product, changed entries, entries: [5], float64."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    with safe_open(path, framework="pt") as reader:
+        for key, value in before.items():
+            start = value.double().cpu()
+            update = (now[key].double().cpu() - start).reshape(-1)
+            kept = (reader.get_tensor(key).double() - start).reshape(-1)
+            changed = torch.count_nonzero(kept).double()
+            entries = torch.tensor(float(kept.numel()), dtype=torch.float64)
+            sums += torch.stack([update @ update, kept @ kept, kept @ update, changed, entries])
+    return sums
+
+
+def export_model(
+    opened: OpenedModel, folder: Path, base: ModelConfig, save: SaveConfig, initial: Tensor
+) -> SurvivingUpdate:
+    """Write weights, configuration and the base's tokenizer into `folder`, read back and compare.
+
+    All ranks must call this.
+
+    Args:
+        opened: the model.
+        folder: exists and is empty; every rank sees it.
+        base: the checkpoint that was opened.
+        save: dtype and size of the files.
+        initial: this rank's master shard at the start [vector_numel].
+    """
+    dtype = opened.checkpoint_dtype if save.dtype is None else getattr(torch, save.dtype)
+    max_bytes = int(save.max_shard_gib * 2**30)
+    shapes = {name: slot.shape for name, (_, slot) in _places(opened).items()}
+    form = WholeCheckpoint(opened.model, shapes)
+    folders = {folder: dtype}
+    if save.fp32_master and dtype != torch.float32:
+        folders[folder / "fp32_master"] = torch.float32
+    for target, precision in folders.items():
+        target.mkdir(exist_ok=True)
+        write_weights(opened, form, target, precision, max_bytes)
+        write_configuration(opened, target, precision)
+        write_tokenizer(opened, base.path, base.revision, target)
+    return measure_surviving_update(opened, form, folder, dtype, max_bytes, initial)
 
 
 def write_tokenizer(opened: OpenedModel, base: str, revision: str | None, folder: Path) -> None:

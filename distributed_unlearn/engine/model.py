@@ -11,12 +11,13 @@ from distributed_unlearn.curvature.layout import FlatLayout, build_layout
 from distributed_unlearn.curvature.segments import SegmentedModel, find_segments, frozen_rows, trainable_names
 from distributed_unlearn.curvature.store import SegmentStore
 from distributed_unlearn.engine.communicator import Communicator
-from distributed_unlearn.engine.partitions import checkpoint_dtype, full_shapes, load_model
+from distributed_unlearn.engine.partitions import build_buffers_exactly, checkpoint_dtype, full_shapes, load_model
 from distributed_unlearn.engine.vectors import ShardedSpace
 from distributed_unlearn.engine.weights import ExactWeights, ShardedWeights
 from distributed_unlearn.errors import ModelError, NumericalError
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.models.family import ModelFamily
+from distributed_unlearn.models.stored import float_dtype, stored_tensors
 from distributed_unlearn.workers.messages import ModelFacts
 
 
@@ -62,8 +63,11 @@ def open_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, communi
         ModelError: not loadable, or blocks that cannot be found at stage 3.
         NumericalError: weights that are not finite.
     """
-    # In float32 whatever the compute dtype: the fp32 master must start from the checkpoint's own values.
-    model = load_model(config, torch.float32, zero_stage, communicator.device)
+    # In the dtype of the files: the fp32 master must start from their values, and what is frozen keeps them.
+    stored = torch.bfloat16 if float_dtype(stored_tensors(config)) == torch.bfloat16 else torch.float32
+    model = load_model(config, stored, zero_stage, communicator.device)
+    if stored != torch.float32:
+        build_buffers_exactly(model, config)
     own_dtype = checkpoint_dtype(config.path, config.revision)
     return adopt_model(model, family_of(config.task), config.trainable, dtype, own_dtype, zero_stage, communicator)
 
@@ -98,7 +102,7 @@ def adopt_model(
         communicator.world_size,
     )
     weights = ShardedWeights(model, layout, communicator, dtype, zero_stage == 3)
-    _cast(model, dtype)
+    _cast(model, layout, dtype, zero_stage == 3)
     if not communicator.all_true(bool(torch.isfinite(weights.master).all())):
         raise NumericalError("weights with NaN or infinite entries", "finite weights", "use an intact checkpoint")
     store = SegmentStore(layout, communicator, weights, dtype)
@@ -117,15 +121,17 @@ def adopt_model(
     )
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+def _cast(model: nn.Module, layout: FlatLayout, dtype: torch.dtype, partitioned: bool) -> None:
     """Bring what `ShardedWeights` does not own to the compute dtype: replicated weights, placeholders, buffers.
 
-    A partitioned parameter's empty placeholder only has to have the right dtype for code that asks
-    `module.weight.dtype`. Buffers such as rotary frequencies stay float32 in bfloat16 models, as transformers
-    keeps them.
+    Replicated weights that are frozen stay as they were loaded. A partitioned parameter's empty placeholder only has
+    to have the right dtype for code that asks `module.weight.dtype`. Buffers such as rotary frequencies stay float32
+    in bfloat16 models, as transformers keeps them.
     """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    frozen = {slot.qualified_name for segment in layout.segments for slot in segment.frozen}
+    for name, parameter in model.named_parameters():
+        if partitioned or name not in frozen:
+            parameter.data = parameter.data.to(dtype)
     if dtype == torch.float64:
         for module in model.modules():
             for name, buffer in module._buffers.items():

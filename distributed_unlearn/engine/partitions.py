@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import deepspeed
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
@@ -23,6 +24,8 @@ from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.models.checkpoint import load_model_config
 from distributed_unlearn.models.families import family_of
+from distributed_unlearn.models.family import build
+from distributed_unlearn.models.saved_names import forget_unused_conversions
 
 
 def prepare_deepspeed(use_gpu: bool) -> None:
@@ -100,10 +103,29 @@ def load_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, device:
         ) from error
     model, found = loaded
     _refuse_missing(path, found)
+    forget_unused_conversions(model)
     model.gradient_checkpointing_disable()
     assert torch.nn.functional.linear.__module__ == "torch._C._nn", "DeepSpeed replaced torch's linear function"
     gc.collect()
     return cast(nn.Module, model.eval())
+
+
+def build_buffers_exactly(model: nn.Module, config: ModelConfig) -> None:
+    """Give a model that was loaded in a lower precision the buffers that it would have in float32.
+
+    Rotary frequencies, scales and the like are computed in the dtype of loading; those of the files are theirs.
+    """
+    family = family_of(config.task)
+    hf_config = load_model_config(config)
+    with init_empty_weights(include_buffers=False):
+        hf_config.dtype = torch.float32
+        exact = build(family, hf_config)
+    for name, module in exact.named_modules():
+        own = model.get_submodule(name)
+        for key in module._non_persistent_buffers_set:
+            buffer, held = module._buffers[key], own._buffers[key]
+            if buffer is not None and held is not None:
+                own._buffers[key] = buffer.to(held.device)
 
 
 def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,11 +1,11 @@
 """The weights of one rank as flat shards: an fp32 master, what the forward pass gathers from, and frozen ones."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distributed_unlearn.curvature.layout import FlatLayout, SegmentLayout, Slot, shard_of, unpack
 from distributed_unlearn.engine.communicator import Communicator
@@ -34,17 +34,15 @@ class ShardedWeights:
         self._dtype, self._partitioned = compute_dtype, partitioned
         # `Any`: DeepSpeed adds ds_tensor and the like to parameters.
         self._parameters: dict[str, Any] = dict(model.named_parameters())
-        master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
-        self.master = self._collect(trainable=True, dtype=master_dtype)
+        self._master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
+        self.master = self._collect(True, layout.vector_numel, self._master_dtype)
         """This rank's trainable weights: [vector_numel], fp32 (float64 in checks), padding zero."""
-        self._compute = self.master if compute_dtype == master_dtype else self.master.to(compute_dtype)
-        self._frozen = self._collect(trainable=False, dtype=compute_dtype)
-        # As loaded, on the host: what an update does not touch must leave as it came.
-        self._exact_frozen = (
-            self._frozen if compute_dtype == master_dtype else self._collect(trainable=False, dtype=master_dtype).cpu()
-        )
+        self._compute = self.master if compute_dtype == self._master_dtype else self.master.to(compute_dtype)
+        # Frozen weights are kept once, as they were loaded: in partitions or, below stage 3, in the model itself.
+        self._frozen: Tensor | None = None
         if partitioned:
-            self._adopt_partitions()
+            self._frozen = self._collect(False, layout.frozen_numel, self._frozen_dtype())
+            self._adopt_partitions(self._frozen)
 
     def _slots(self, trainable: bool) -> Iterator[tuple[int, Slot]]:
         for segment in self._layout.segments:
@@ -52,8 +50,15 @@ class ShardedWeights:
             for slot in segment.trainable if trainable else segment.frozen:
                 yield start + slot.offset, slot
 
-    def _collect(self, trainable: bool, dtype: torch.dtype) -> torch.Tensor:
-        size = self._layout.vector_numel if trainable else self._layout.frozen_numel
+    def _frozen_dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every frozen weight exactly."""
+        dtype = torch.bfloat16
+        for index, (_, slot) in enumerate(self._slots(trainable=False)):
+            own = self._parameters[slot.qualified_name].ds_tensor.dtype
+            dtype = own if index == 0 else torch.promote_types(dtype, own)
+        return dtype
+
+    def _collect(self, trainable: bool, size: int, dtype: torch.dtype) -> Tensor:
         flat = torch.zeros(size, dtype=dtype, device=self._communicator.device)
         for begin, slot in self._slots(trainable):
             parameter = self._parameters[slot.qualified_name]
@@ -67,36 +72,38 @@ class ShardedWeights:
                 )
         return flat
 
-    def _adopt_partitions(self) -> None:
-        for flat, trainable in ((self._compute, True), (self._frozen, False)):
+    def _adopt_partitions(self, frozen: Tensor) -> None:
+        for flat, trainable in ((self._compute, True), (frozen, False)):
             for begin, slot in self._slots(trainable):
                 self._parameters[slot.qualified_name].ds_tensor.data = flat[begin : begin + slot.shard_numel]
 
-    def segment_weights(self, segment: SegmentLayout) -> dict[str, torch.Tensor]:
+    def segment_weights(self, segment: SegmentLayout) -> dict[str, Tensor]:
         """Full weights of a segment in the compute dtype. All ranks must call this."""
         if not self._partitioned:
-            return {
-                slot.name: self._parameters[slot.qualified_name].detach().to(self._dtype)
-                for slot in (*segment.trainable, *segment.frozen)
-            }
-        return self._gather(segment, self._compute, self._frozen)
+            return self._replicated((*segment.trainable, *segment.frozen), self._dtype)
+        trainable = self._gather(segment.trainable, self._compute[segment.start : segment.stop], self._dtype)
+        return {**trainable, **self._frozen_weights(segment, self._dtype)}
 
-    def exact_segment_weights(self, segment: SegmentLayout) -> dict[str, torch.Tensor]:
+    def exact_segment_weights(self, segment: SegmentLayout) -> dict[str, Tensor]:
         """Full weights of a segment at the master's precision. All ranks must call this."""
-        return self._gather(segment, self.master, self._exact_frozen)
+        trainable = self._gather(segment.trainable, self.master[segment.start : segment.stop], self._master_dtype)
+        return {**trainable, **self._frozen_weights(segment, self._master_dtype)}
 
-    def _gather(self, segment: SegmentLayout, trainable: torch.Tensor, frozen: torch.Tensor) -> dict[str, torch.Tensor]:
-        full: dict[str, torch.Tensor] = {}
-        for flat, slots, start, stop in (
-            (trainable, segment.trainable, segment.start, segment.stop),
-            (frozen, segment.frozen, segment.frozen_start, segment.frozen_stop),
-        ):
-            if slots:
-                local = flat[start:stop].to(self._communicator.device)
-                full.update(unpack(self._communicator.all_gather(local), slots, self._layout.world_size))
-        return full
+    def _replicated(self, slots: Sequence[Slot], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {slot.name: self._parameters[slot.qualified_name].detach().to(dtype) for slot in slots}
 
-    def set_master(self, master: torch.Tensor) -> None:
+    def _frozen_weights(self, segment: SegmentLayout, dtype: torch.dtype) -> dict[str, Tensor]:
+        if self._frozen is None:
+            return self._replicated(segment.frozen, dtype)
+        return self._gather(segment.frozen, self._frozen[segment.frozen_start : segment.frozen_stop], dtype)
+
+    def _gather(self, slots: Sequence[Slot], local: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        if not slots:
+            return {}
+        narrow = local.to(dtype) if dtype.itemsize < local.dtype.itemsize else local  # the fewer bytes travel
+        return unpack(self._communicator.all_gather(narrow).to(dtype), slots, self._layout.world_size)
+
+    def set_master(self, master: Tensor) -> None:
         """Overwrite the weights by a vector in the master's layout. All ranks must call this."""
         self.master.copy_(master)
         self.refresh()
@@ -114,12 +121,22 @@ class ShardedWeights:
                     full = unpack(gathered, (slot,), self._layout.world_size)[slot.name]
                     self._parameters[slot.qualified_name].data.copy_(full)
 
-    def gather_master(self, segment: SegmentLayout, slot: Slot) -> torch.Tensor:
-        """One full parameter at the master's precision. All ranks must call this."""
-        flat, start = (self.master, segment.start) if slot.trainable else (self._exact_frozen, segment.frozen_start)
-        begin = start + slot.offset
-        local = flat[begin : begin + slot.shard_numel].to(self._communicator.device)
-        gathered = self._communicator.all_gather(local)
+    def gather_parameter(self, segment: SegmentLayout, slot: Slot, vector: Tensor | None = None) -> Tensor:
+        """One full parameter at the master's precision. All ranks must call this.
+
+        Args:
+            segment: where `slot` is.
+            slot: the parameter.
+            vector: take a trainable one from here instead of the master, in its layout: [vector_numel] on any device.
+        """
+        if slot.trainable:
+            source, begin = self.master if vector is None else vector, segment.start + slot.offset
+        elif self._frozen is not None:
+            source, begin = self._frozen, segment.frozen_start + slot.offset
+        else:
+            return self._parameters[slot.qualified_name].detach().to(self._master_dtype)
+        local = source[begin : begin + slot.shard_numel].to(self._communicator.device)
+        gathered = self._communicator.all_gather(local).to(self._master_dtype)
         return gathered[: slot.numel].view(slot.shape)
 
 
@@ -129,6 +146,6 @@ class ExactWeights:
 
     weights: ShardedWeights
 
-    def segment_weights(self, segment: SegmentLayout) -> dict[str, torch.Tensor]:
+    def segment_weights(self, segment: SegmentLayout) -> dict[str, Tensor]:
         """Full parameters by name within the segment. All ranks must call this."""
         return self.weights.exact_segment_weights(segment)

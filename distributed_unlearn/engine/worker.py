@@ -21,12 +21,7 @@ from distributed_unlearn.engine.check import check_curvature
 from distributed_unlearn.engine.communicator import Communicator, RankSpec, connect, open_store
 from distributed_unlearn.engine.create import create_checkpoint
 from distributed_unlearn.engine.evidence import score_records
-from distributed_unlearn.engine.export import (
-    measure_surviving_update,
-    write_configuration,
-    write_tokenizer,
-    write_weights,
-)
+from distributed_unlearn.engine.export import export_model
 from distributed_unlearn.engine.model import OpenedModel, adopt_model, open_model
 from distributed_unlearn.engine.oracle import ShardedOracle
 from distributed_unlearn.engine.partitions import load_model, prepare_deepspeed
@@ -166,19 +161,7 @@ class Worker:
     def export(self, folder: str, base: ModelConfig, save: SaveConfig) -> SurvivingUpdate:
         """Write weights, configuration and the base's tokenizer into an existing folder; read back and compare."""
         assert self._initial is not None
-        opened, path = self.opened, Path(folder)
-        dtype = opened.checkpoint_dtype if save.dtype is None else getattr(torch, save.dtype)
-        max_bytes = int(save.max_shard_gib * 2**30)
-        write_weights(opened, path, dtype, max_bytes)
-        write_configuration(opened, path, dtype)
-        write_tokenizer(opened, base.path, base.revision, path)
-        if save.fp32_master and dtype != torch.float32:
-            master = path / "fp32_master"
-            master.mkdir(exist_ok=True)
-            write_weights(opened, master, torch.float32, max_bytes)
-            write_configuration(opened, master, torch.float32)
-            write_tokenizer(opened, base.path, base.revision, master)
-        return measure_surviving_update(opened, path, dtype, max_bytes, self._initial)
+        return export_model(self.opened, Path(folder), base, save, self._initial)
 
     # -- training -----------------------------------------------------------------------------------------
 

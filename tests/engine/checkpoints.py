@@ -44,7 +44,7 @@ def odd_llama() -> PreTrainedModel:
     return model.eval()
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -55,9 +55,9 @@ def write_checkpoints(folder: Path) -> None:
     """`odd_llama`, `odd_llama_bf16`, `gemma`, the families, and what must be refused."""
     for name, model in {"odd_llama": odd_llama(), **{family: tiny_model(family) for family in FAMILIES}}.items():
         model.save_pretrained(folder / name)
-        _tokenizer().save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
     odd_llama().to(torch.bfloat16).save_pretrained(folder / "odd_llama_bf16")
-    _tokenizer().save_pretrained(folder / "odd_llama_bf16")
+    word_tokenizer().save_pretrained(folder / "odd_llama_bf16")
     odd_llama().save_pretrained(folder / "nan")
     weights = load_file(folder / "nan" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][-1, -1] = float("nan")  # on the last rank
