@@ -1,7 +1,8 @@
 """The command line: `distributed-unlearn run | demo | plan | check curvature`.
 
 Exit codes: 0 done; 1 a bug of ours (with traceback); 2 wrong usage; 3 configuration; 4 data; 5 model;
-6 resources; 7 numerics; 8 a worker failed; 9 a check failed; 130 interrupted; 143 terminated.
+6 resources; 7 numerics; 8 a worker failed; 9 a check failed; 10 done and written, but what was measured is not that
+everything is forgotten and the rest kept (0 with `run --allow-incomplete`); 130 interrupted; 143 terminated.
 """
 
 import argparse
@@ -17,6 +18,9 @@ from rich.console import Console
 from distributed_unlearn import __version__
 from distributed_unlearn.config import ClusterConfig, load_job, parse_cluster
 from distributed_unlearn.errors import ConfigError, UserError, WorkerError
+
+INCOMPLETE = 10
+"""Exit code of a run that ended as it should, whose verdict is not that everything is forgotten and the rest kept."""
 
 
 def _at_least(option: str, minimum: int) -> Callable[[str], int]:
@@ -43,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("job", type=Path, help="job file (YAML)")
         command.add_argument("overrides", nargs="*", help="section.key=value")
+        if name == "run":
+            command.add_argument(
+                "--allow-incomplete",
+                action="store_true",
+                help=f"end with exit code 0, not {INCOMPLETE}, where not everything is forgotten or the rest not kept",
+            )
     _add_demo(commands)
     _add_check(commands)
     return parser
@@ -80,7 +90,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _dispatch(arguments: argparse.Namespace, console: Console) -> None:
+def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
     # Each command is imported when it is asked for: torch, Ray and DeepSpeed take seconds to import.
     if arguments.command in ("run", "plan"):
         job = load_job(arguments.job, arguments.overrides)
@@ -91,7 +101,8 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> None:
         else:
             from distributed_unlearn.commands.run import run_command
 
-            run_command(job, console)
+            if not run_command(job, console) and not arguments.allow_incomplete:
+                return INCOMPLETE
     elif arguments.command == "demo":
         from distributed_unlearn.demo.run import run_demo
         from distributed_unlearn.demo.settings import demo_settings
@@ -111,6 +122,7 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> None:
             reference=arguments.reference,
         )
         run_curvature_check(arguments.model, arguments.dtype, _cluster(arguments, None), check, console)
+    return 0
 
 
 def _cluster(arguments: argparse.Namespace, address: str | None) -> ClusterConfig:
@@ -132,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)  # so that workers end and staging folders vanish
     try:
-        _dispatch(_parser().parse_args(argv), console)
+        return _dispatch(_parser().parse_args(argv), console)
     except UserError as error:
         if isinstance(error, WorkerError) and error.worker_traceback:
             errors.print(error.worker_traceback, markup=False, highlight=False, soft_wrap=True)
@@ -143,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("interrupted; nothing was left half-written", highlight=False)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

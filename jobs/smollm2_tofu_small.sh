@@ -14,12 +14,12 @@ distributed-unlearn run jobs/smollm2_tofu_train.yaml "${common[@]}" "${training[
     model.path="$model" output=runs/smollm2_small/train
 distributed-unlearn run jobs/smollm2_tofu_retrain.yaml "${common[@]}" "${training[@]}" \
     model.path="$model" "forget.subjects=[author-000]" output=runs/smollm2_small/retrain
-distributed-unlearn run jobs/smollm2_tofu_unlearn.yaml "${common[@]}" \
+distributed-unlearn run --allow-incomplete jobs/smollm2_tofu_unlearn.yaml "${common[@]}" \
     model.path=runs/smollm2_small/train/checkpoint retrained=runs/smollm2_small/retrain/checkpoint \
     "forget.subjects=[author-000]" solver.max_krylov_steps=2 solver.gradient_batch=24 solver.curvature_batch=8 \
     solver.max_steps=40 solver.cubic_coefficient=300 output=runs/smollm2_small/unlearn
 # For comparison: AdamW on the same objective, until the stopping rule is met.
-distributed-unlearn run jobs/smollm2_tofu_unlearn.yaml "${common[@]}" \
+distributed-unlearn run --allow-incomplete jobs/smollm2_tofu_unlearn.yaml "${common[@]}" \
     model.path=runs/smollm2_small/train/checkpoint retrained=runs/smollm2_small/retrain/checkpoint \
     "forget.subjects=[author-000]" solver.method=adamw solver.learning_rate=5.0e-5 solver.gradient_batch=12 \
     solver.max_steps=60 solver.stop.check_every_steps=5 output=runs/smollm2_small/adamw

@@ -17,10 +17,12 @@ from distributed_unlearn.records import (
     StepRecord,
     SurvivingUpdate,
     TrainingRecord,
+    Verdict,
     read_record,
     to_json,
 )
 from distributed_unlearn.records.codec import from_json
+from distributed_unlearn.records.verdict import ForgetVerdict, MeasureEvidence, RetainVerdict
 
 SCORES = {"forget": SetScores(3, 40, 1.5, 0.25), "retain": SetScores(9, 120, 0.5, 1.0)}
 STEP = StepRecord(
@@ -45,7 +47,12 @@ STEP = StepRecord(
     wall_seconds=0.25,
     terms={"forget": 0.1 + 0.2},
 )
-ROUND = RoundRecord(0, 3, 9, 3.25, "max_steps: all 1 steps were taken", 1, 2, 0.5, 1.25, (STEP,), SCORES, SCORES, 0.9)
+SEEN = MeasureEvidence(0.1, 3.5, None, 0.03, 1.0, 1e-9, 3, 1e-9)
+SET = ForgetVerdict("forget", "not forgotten", 3, 12, False, SEEN, SEEN)
+VERDICT = Verdict(SET, RetainVerdict("kept", 9, 0.01, 0.0), (SET,))
+ROUND = RoundRecord(
+    0, 3, 9, 3.25, "max_steps: all 1 steps were taken", 1, 2, 0.5, 1.25, (STEP,), SCORES, SCORES, VERDICT, 0.9
+)
 RUN = RunRecord(
     kind="unlearning",
     started_at="2026-01-02T03:04:05+00:00",

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from distributed_unlearn.errors import DataError
-from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
+from distributed_unlearn.records import RoundRecord, SetScores, StepRecord, Verdict
+from distributed_unlearn.records.verdict import RetainVerdict
 from distributed_unlearn.report import progress as progress_module
 from distributed_unlearn.report.figures import comparison_figure, draw_steps, find_retrained, steps_figure
 from distributed_unlearn.report.page import write_page
@@ -79,6 +80,7 @@ ROUND = RoundRecord(
     steps=STEPS,
     before=ROWS[0].scores,
     after={**ROWS[2].scores, "forget_round_1": set_scores(0.41)},
+    verdict=Verdict(None, RetainVerdict("kept", 360, 0.01, 0.02)),
     tug_of_war=0.96,
 )
 

@@ -6,7 +6,15 @@ import math
 import numpy as np
 import pytest
 
-from distributed_unlearn.rounds.verdict import RecordScores, _location, _precedence, judge_forgetting, judge_retention
+from distributed_unlearn.rounds.evaluate import Scores
+from distributed_unlearn.rounds.verdict import (
+    RecordScores,
+    _location,
+    _precedence,
+    judge,
+    judge_forgetting,
+    judge_retention,
+)
 
 
 def _scores(losses: np.ndarray, missed: np.ndarray | None = None) -> RecordScores:
@@ -117,6 +125,34 @@ def test_beyond_unseen_is_forgotten_and_said():
 def test_a_set_that_was_never_known_is_judged_by_the_tests_alone():
     found = judge_forgetting("forget", _unseen(30, 10), _unseen(40, 11), _unseen(30, 10))
     assert found.outcome == "forgotten" and found.loss.gap_closed is None and found.missed.gap_closed is None
+
+
+def _as_scored(sets: list[RecordScores]) -> tuple[list[np.ndarray], Scores]:
+    sizes = [len(part.losses) for part in sets]
+    tokens = np.full(sum(sizes), 1000)
+    losses = np.concatenate([part.losses for part in sets]) * tokens
+    correct = np.rint((1 - np.concatenate([part.missed for part in sets])) * tokens)
+    indices = np.arange(sum(sizes))
+    return np.split(indices, np.cumsum(sizes)[:-1]), Scores(indices, losses, tokens, correct)
+
+
+def test_what_is_unseen_is_neither_taken_from_damaged_weights_nor_from_worse_ones():
+    unseen, earlier = _unseen(40, 12), _unseen(10, 13)
+    (forget, retain, holdout, erased), start = _as_scored([_known(30), _known(50), unseen, earlier])
+    sets = {"forget": forget, "retain": retain, "holdout": holdout, "erased_before_1": erased}
+    # Everything is hard now, a third of the way for the forget set: it is told from what was unseen before the damage.
+    hard = [_scores(np.full(30, 1.3)), _scores(np.full(50, 1.3)), _scores(unseen.losses + 2), earlier]
+    found = judge(sets, start, _as_scored(hard)[1])
+    assert found.forget.outcome == "partly forgotten" and found.retain.outcome == "damaged" and not found.is_good
+    assert found.forget.loss.holdout_mean == pytest.approx(unseen.losses.mean())
+    assert found.words == "partly forgotten, retain set damaged, earlier sets still forgotten"
+    # The model got better at everything that it never saw, alike.
+    shift = -1.0
+    better = [_scores(_unseen(30, 14).losses + shift), _known(50), _scores(unseen.losses + shift), _unseen(10, 15)]
+    assert judge(sets, start, _as_scored(better)[1]).forget.outcome == "forgotten"
+    # Without a holdout set nobody can tell.
+    blind = judge({**sets, "holdout": holdout[:0]}, start, start)
+    assert blind.forget is None and blind.earlier == () and not blind.is_good and blind.retain.outcome == "kept"
 
 
 def test_retention_adds_up_over_the_job():

@@ -51,8 +51,9 @@ class ConsoleEvents:
             yield progress.update
 
     def round_ended(self, record: RoundRecord) -> None:
-        """Why it ended."""
+        """Why it ended, and how the sets stand."""
         print_line(self._console, f"round {record.round_index + 1}: {record.stop_reason}")
+        print_line(self._console, f"round {record.round_index + 1}: {record.verdict.words}")
 
     @contextmanager
     def training(self, num_steps: int) -> Iterator[OnTrainingStep]:

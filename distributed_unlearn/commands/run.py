@@ -7,7 +7,8 @@ from rich.console import Console
 from distributed_unlearn.cluster.open import open_group
 from distributed_unlearn.commands.console_events import ConsoleEvents, print_line
 from distributed_unlearn.config import JobConfig
-from distributed_unlearn.records import RoundRecord, RunRecord, SurvivingUpdate
+from distributed_unlearn.records import RunRecord, SurvivingUpdate
+from distributed_unlearn.records.verdict import SURVIVAL_LEVEL
 from distributed_unlearn.report.tables import comparison_table
 from distributed_unlearn.rounds.events import RunEvents
 from distributed_unlearn.rounds.folder import claimed, output_folder
@@ -15,11 +16,6 @@ from distributed_unlearn.rounds.preparation import prepare_run
 from distributed_unlearn.rounds.result import Report, write_report
 from distributed_unlearn.rounds.session import run_session
 from distributed_unlearn.workers.group import WorkerGroup
-
-SURVIVAL_WARNING_LEVEL = 0.9
-"""Share of the update below which the saved dtype counts as having undone part of the unlearning."""
-_DAMAGE_NATS = 0.5
-"""Rise of the retain loss, nats per token, above which the result is called damaged."""
 
 
 def run_job(job: JobConfig, events: RunEvents, group: WorkerGroup | None = None) -> Report:
@@ -42,8 +38,11 @@ def run_job(job: JobConfig, events: RunEvents, group: WorkerGroup | None = None)
         return write_report(folder)
 
 
-def run_command(job: JobConfig, console: Console) -> None:
+def run_command(job: JobConfig, console: Console) -> bool:
     """`run_job`, with all that there is to see on the console.
+
+    Returns:
+        False where the verdict is not that everything is forgotten and the retain set kept.
 
     Raises:
         UserError: anything that the user can act on; nothing is left half-written.
@@ -53,13 +52,13 @@ def run_command(job: JobConfig, console: Console) -> None:
     if report.record.kind == "training":
         _print_training(console, report.record)
     else:
-        _warn_of_rounding(report.record, console)
-        _warn_of_damage(report.record.rounds[-1], console)
         console.print(comparison_table(report.rows))
         _print_end(console, report.record)
+        _print_verdict(report.record, console)
     for name, path in (("checkpoint", "checkpoint"), ("record", "record.json"), ("report", "report.html")):
         if (folder / path).exists():
             print_line(console, f"{name + ':':<11} {folder / path}")
+    return report.record.verdict is None or report.record.verdict.is_good
 
 
 def _print_training(console: Console, record: RunRecord) -> None:
@@ -72,25 +71,25 @@ def _print_training(console: Console, record: RunRecord) -> None:
         )
 
 
-def _warn_of_rounding(record: RunRecord, console: Console) -> None:
-    survival = _survival(record)
-    if survival.projection < SURVIVAL_WARNING_LEVEL:
-        console.print(
-            f"WARNING: only {survival.projection:.1%} of the update survives the saved dtype {survival.dtype}: the "
-            "checkpoint on disk has not forgotten what the fp32 weights have. Set save.dtype=float32, or "
-            "save.fp32_master=true to keep the fp32 weights beside it.",
-            style="bold red",
+def _print_verdict(record: RunRecord, console: Console) -> None:
+    verdict, last, survival = record.verdict, record.rounds[-1].verdict, _survival(record)
+    assert verdict is not None
+    style = "bold" if verdict.is_good else "bold red"
+    for sentence in verdict.sentences:
+        console.print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
+    if last.forget is not None and last.forget.outcome != "forgotten":
+        print_line(console, "  To go on: raise solver.max_steps, or objective.forget_weight; see stop reason and loss.")
+    if last.retain.outcome == "damaged":
+        print_line(
+            console,
+            "  To keep more: raise solver.max_steps, so that the round can win it back, or objective.retain_weight; "
+            "lower solver.learning_rate, if the method is a first-order one.",
         )
-
-
-def _warn_of_damage(last: RoundRecord, console: Console) -> None:
-    before, after = (scores["retain"].loss_nats_per_token for scores in (last.before, last.after))
-    if not after <= before + _DAMAGE_NATS:
-        console.print(
-            f"WARNING: the loss on the retain set rose from {before:.3f} to {after:.3f} nats per token in the last "
-            "round: the model has lost part of what it should keep. Raise solver.max_steps, so that the round can win "
-            "it back; or lower solver.learning_rate, if the method is a first-order one.",
-            style="bold red",
+    if survival.projection < SURVIVAL_LEVEL:
+        print_line(
+            console,
+            "  To save what was measured: set save.dtype=float32, or save.fp32_master=true to keep the fp32 weights "
+            "beside the checkpoint.",
         )
 
 

@@ -16,6 +16,7 @@ from distributed_unlearn.records.run import (
 )
 from distributed_unlearn.records.scores import SetScores
 from distributed_unlearn.records.step import StepRecord
+from distributed_unlearn.records.verdict import RunVerdict, Verdict, run_verdict
 
 __all__ = [
     "RECORD_NAME",
@@ -25,10 +26,13 @@ __all__ = [
     "ResultFiles",
     "RoundRecord",
     "RunRecord",
+    "RunVerdict",
     "SetScores",
     "StepRecord",
     "SurvivingUpdate",
     "TrainingRecord",
+    "Verdict",
     "read_record",
+    "run_verdict",
     "to_json",
 ]

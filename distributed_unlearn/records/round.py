@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from distributed_unlearn.records.scores import SetScores
 from distributed_unlearn.records.step import StepRecord
+from distributed_unlearn.records.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class RoundRecord:
     num_forget_records: int
     num_retain_records: int
     holdout_loss_nats_per_token: float | None
-    """The target of holdout_matched and of the stopping rule, measured once at the start of the round."""
+    """The target of holdout_matched and of the stopping rule, measured once at the start of the job."""
     stop_reason: str
     num_steps: int
     num_products: int
@@ -27,4 +28,5 @@ class RoundRecord:
     after: dict[str, SetScores]
     """Keys `forget`, `retain`, `holdout`; `forget_round_<k>` of earlier rounds, `erased_before_<k>` of earlier jobs,
     k from 1."""
+    verdict: Verdict
     tug_of_war: float | None = None

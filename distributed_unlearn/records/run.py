@@ -13,6 +13,7 @@ from distributed_unlearn.records.codec import Json, from_json
 from distributed_unlearn.records.result import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.records.round import RoundRecord
 from distributed_unlearn.records.scores import SetScores
+from distributed_unlearn.records.verdict import RunVerdict
 
 FORMAT = 2
 """Version of `record.json`; 1 had no `kind`, no `num_retain_records` and could not be read back."""
@@ -81,6 +82,8 @@ class RunRecord:
     """Hashes of the ids that each round of earlier jobs erased, sorted; the salt is in `record.salt`."""
     erased_ids_sha256_salted: tuple[tuple[str, ...], ...]
     """Of each round of this job."""
+    verdict: RunVerdict | None = None
+    """None of a training, of which there is nothing to judge."""
     rounds: tuple[RoundRecord, ...] = ()
     surviving_update: SurvivingUpdate | None = None
     curvature_mode: CurvatureMode | None = None

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from distributed_unlearn.records.result import SurvivingUpdate
+
+SURVIVAL_LEVEL = 0.9
+"""Share of the update below which the saved dtype counts as having undone part of the unlearning."""
+
 Forgetting = Literal["forgotten", "partly forgotten", "not forgotten"]
 """How a set of records stands against records that were never trained on; see `rounds.verdict.judge_forgetting`."""
 Retention = Literal["kept", "damaged"]
@@ -15,7 +20,7 @@ class MeasureEvidence:
 
     mean: float
     holdout_mean: float
-    """At the start of the job: the weights may be damaged now."""
+    """Each record as hard as at the start of the job or now, whichever is easier."""
     start_mean: float | None
     """At the start of the job; None for what earlier jobs erased, whose state when it was known nobody here saw."""
     gap_closed: float | None
@@ -35,7 +40,7 @@ class ForgetVerdict:
     """One set that was to be forgotten, by this round, an earlier one or an earlier job."""
 
     set_name: str
-    """`forget`, `forget_round_<k>` or `erased_before_<k>`."""
+    """`forget`, `forget_round_<k>` or `erased_before_<k>`, k from 1."""
     outcome: Forgetting
     num_records: int
     num_holdout_records: int
@@ -74,9 +79,20 @@ class Verdict:
 
     @property
     def is_good(self) -> bool:
-        """Everything that was measured is forgotten, and the retain set is kept."""
-        sets = (*(() if self.forget is None else (self.forget,)), *self.earlier)
-        return self.retain.outcome == "kept" and all(found.outcome == "forgotten" for found in sets)
+        """Forgetting was measured, everything is forgotten, and the retain set is kept."""
+        sets = (self.forget, *self.earlier)
+        forgotten = all(found is not None and found.outcome == "forgotten" for found in sets)
+        return forgotten and self.retain.outcome == "kept"
+
+    @property
+    def words(self) -> str:
+        """The verdict in a few words."""
+        found: list[str] = ["forgetting not measured" if self.forget is None else self.forget.outcome]
+        found.append(f"retain set {self.retain.outcome}")
+        back = sum(item.outcome != "forgotten" for item in self.earlier)
+        if self.earlier:
+            found.append(f"{back} earlier set(s) no longer forgotten" if back else "earlier sets still forgotten")
+        return ", ".join(found)
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -85,6 +101,28 @@ class Verdict:
         if self.earlier:
             found.append(_earlier_sentence(self.earlier))
         return tuple(found)
+
+
+@dataclass(frozen=True)
+class RunVerdict:
+    """The verdict over all rounds of a job, on what is in its files."""
+
+    is_good: bool
+    """Everything is measured and forgotten, the retain set is kept, and the files hold what was measured."""
+    sentences: tuple[str, ...]
+    """For people."""
+
+
+def run_verdict(last: Verdict, survival: SurvivingUpdate) -> RunVerdict:
+    """The verdict of a run from that of its last round, which scored all sets, and from what is left in the files."""
+    sentences = last.sentences
+    lost = not survival.projection >= SURVIVAL_LEVEL
+    if lost:
+        sentences += (
+            f"NOT IN THE FILES: all this was measured before saving, and only {survival.projection:.1%} of the update "
+            f"survives the saved dtype {survival.dtype}.",
+        )
+    return RunVerdict(last.is_good and not lost, sentences)
 
 
 def _forget_sentence(found: ForgetVerdict | None) -> str:

@@ -32,6 +32,11 @@ class Scores:
         """Each record's mean answer loss, nats per token."""
         return self.nll / self.num_tokens
 
+    @property
+    def missed(self) -> np.ndarray:
+        """Share of each record's answer tokens whose argmax is not the label."""
+        return 1.0 - self.num_correct / self.num_tokens
+
 
 def score(workers: Workers, indices: np.ndarray, micro_batch_size: int) -> Scores:
     """Score records on all ranks, in as many calls as it takes."""
@@ -46,7 +51,11 @@ def evaluate_sets(
     workers: Workers, sets: Mapping[str, np.ndarray], micro_batch_size: int
 ) -> tuple[dict[str, SetScores], Scores]:
     """Scores of every non-empty set, and the per-record scores they come from."""
-    filled = {name: np.unique(indices) for name, indices in sets.items() if len(indices)}
-    scores = score(workers, np.concatenate(list(filled.values())), micro_batch_size)
-    parts = {name: scores.of(indices) for name, indices in filled.items()}
-    return {name: score_set(part.nll, part.num_tokens, part.num_correct) for name, part in parts.items()}, scores
+    scores = score(workers, np.concatenate(list(sets.values())), micro_batch_size)
+    return summarise(sets, scores), scores
+
+
+def summarise(sets: Mapping[str, np.ndarray], scores: Scores) -> dict[str, SetScores]:
+    """Scores of every non-empty set, all of whose records are in `scores`."""
+    parts = {name: scores.of(np.unique(indices)) for name, indices in sets.items() if len(indices)}
+    return {name: score_set(part.nll, part.num_tokens, part.num_correct) for name, part in parts.items()}

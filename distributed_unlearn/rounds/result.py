@@ -18,6 +18,7 @@ from distributed_unlearn.records import (
     RunRecord,
     SurvivingUpdate,
     read_record,
+    run_verdict,
     to_json,
 )
 from distributed_unlearn.report.figures import steps_figure
@@ -84,19 +85,23 @@ def write_record(folder: Path, record: RunRecord, salt: str | None) -> None:
 
 
 def card_lines(rounds: Sequence[RoundRecord], survival: SurvivingUpdate, before: ErasedBefore) -> list[str]:
-    """Counts and scalars for the model card."""
-    lines = [
-        f"Round {record.round_index + 1}: {record.num_forget_records} records erased, "
-        f"{record.num_retain_records} retained, {record.num_steps} steps, {record.num_products} curvature "
-        f"products, update norm {record.update_norm:.4g}."
+    """The verdict, then counts and scalars, for the model card."""
+    lines = list(run_verdict(rounds[-1].verdict, survival).sentences)
+    if before.hashes:
+        lines.append(f"Records {erased_text(before.num_records, before.num_unknown)}.")
+    lines += [
+        f"Round {record.round_index + 1}: {record.num_forget_records} records asked to be erased, "
+        f"{record.num_retain_records} to be retained, {record.num_steps} steps, {record.num_products} curvature "
+        f"products, update norm {record.update_norm:.4g}; {record.verdict.words}."
         for record in rounds
     ]
-    if before.hashes:
-        lines.insert(0, f"Records {erased_text(before.num_records, before.num_unknown)}.")
-    lines.append(
-        f"Share of the update that survives {survival.dtype}: {survival.projection:.4f} "
-        f"({survival.share_of_changed_weights:.1%} of the weights changed)."
-    )
+    if survival.update_norm > 0:
+        lines.append(
+            f"Share of the update that survives {survival.dtype}: {survival.projection:.4f} "
+            f"({survival.share_of_changed_weights:.1%} of the weights changed)."
+        )
+    else:
+        lines.append("No weight changed.")
     return lines
 
 
@@ -143,8 +148,11 @@ def write_report(folder: Path) -> Report:
         steps_figure(item.steps, path)
         images.append(path)
     if record.kind == "unlearning":
-        paragraphs = [item.stop_reason for item in record.rounds]
+        paragraphs = [] if record.verdict is None else list(record.verdict.sentences)
         if record.num_erased_before:
-            paragraphs.insert(0, erased_text(record.num_erased_before, record.num_erased_before_not_in_data))
+            paragraphs.append(erased_text(record.num_erased_before, record.num_erased_before_not_in_data))
+        paragraphs += [
+            f"Round {item.round_index + 1}: {item.verdict.words}; {item.stop_reason}" for item in record.rounds
+        ]
         write_page(folder / "report.html", f"Unlearning run {folder.name}", paragraphs, rows, record.rounds, images)
     return Report(record, rows)

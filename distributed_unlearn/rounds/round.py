@@ -5,6 +5,7 @@ nor DeepSpeed.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,9 +15,10 @@ from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverC
 from distributed_unlearn.data.sampling import draw
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.objectives.build import build_objective
-from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
-from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, score
+from distributed_unlearn.records import RoundRecord, StepRecord
+from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, score, summarise
 from distributed_unlearn.rounds.events import OnStep
+from distributed_unlearn.rounds.verdict import judge
 from distributed_unlearn.solvers.methods.first_order import FirstOrder
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.stopping import StoppingRule
@@ -53,7 +55,8 @@ class OuterSolver(Protocol):
         ...
 
 
-def _sets(task: RoundTask) -> dict[str, np.ndarray]:
+def scored_sets(task: RoundTask) -> dict[str, np.ndarray]:
+    """The records that are scored before and after the round, by set; samples of sets larger than the task's limit."""
     sets = {"forget": task.forget, "retain": task.retain, "holdout": task.holdout}
     for index, earlier in enumerate(task.earlier_forget):
         sets[f"forget_round_{index + 1}"] = earlier
@@ -67,6 +70,12 @@ def _sets(task: RoundTask) -> dict[str, np.ndarray]:
         name: draw(seed, index, 0, f"evaluate {name}", indices, limit) if len(indices) else indices
         for name, indices in sets.items()
     }
+
+
+def score_start(workers: Workers, tasks: Sequence[RoundTask]) -> Scores:
+    """Scores of every record that any of a job's rounds scores, at the start of the job."""
+    wanted = np.concatenate([indices for task in tasks for indices in scored_sets(task).values()])
+    return score(workers, wanted, 2 * tasks[0].curvature.micro_batch_size)
 
 
 def _solver(oracle: RemoteOracle, config: SolverConfig) -> OuterSolver:
@@ -149,15 +158,24 @@ def _take_steps(task: RoundTask, solver: OuterSolver, watch: _Watch, on_step: On
     return steps, f"max_steps: all {task.solver.max_steps} steps were taken"
 
 
-def run_round(workers: Workers, task: RoundTask, on_step: OnStep) -> RoundRecord:
-    """Run one round on the workers' current weights and leave the new weights there; `on_step` is told of each step.
+def run_round(workers: Workers, task: RoundTask, start: Scores, on_step: OnStep) -> RoundRecord:
+    """Run one round on the workers' current weights and leave the new weights there.
+
+    Args:
+        workers: With an open model.
+        task: The round.
+        start: All records of `scored_sets(task)` at the start of the job. What an unseen record is like is taken from
+            there: an earlier round may have damaged the weights, and then everything is hard.
+        on_step: Told of each step.
 
     Raises:
         NumericalError: a loss or gradient that is not finite; the weights are those before the step.
     """
     batch = 2 * task.curvature.micro_batch_size
-    before, scores = evaluate_sets(workers, _sets(task), batch)
-    holdout_loss = before["holdout"].loss_nats_per_token if "holdout" in before else None
+    sets = scored_sets(task)
+    before, scores = (summarise(sets, start), start) if not task.round_index else evaluate_sets(workers, sets, batch)
+    holdout = summarise({"holdout": sets["holdout"]}, start).get("holdout")
+    holdout_loss = None if holdout is None else holdout.loss_nats_per_token
     reference: dict[int, float] = {}
     if build_objective(task.objective, holdout_loss).needs_reference:
         found = score(workers, task.forget, batch)
@@ -177,7 +195,7 @@ def run_round(workers: Workers, task: RoundTask, on_step: OnStep) -> RoundRecord
     watch = _Watch(workers, task, holdout_loss, scores, stepping)
     steps, reason = _take_steps(task, _solver(RemoteOracle(workers.group), task.solver), watch, on_step)
     wall_seconds = time.monotonic() - stepping
-    after: dict[str, SetScores] = evaluate_sets(workers, _sets(task), batch)[0]
+    after, now = evaluate_sets(workers, sets, batch)
     return RoundRecord(
         round_index=task.round_index,
         num_forget_records=len(task.forget),
@@ -191,4 +209,5 @@ def run_round(workers: Workers, task: RoundTask, on_step: OnStep) -> RoundRecord
         steps=tuple(steps),
         before=before,
         after=after,
+        verdict=judge(sets, start, now),
     )

@@ -10,13 +10,13 @@ from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.evaluation.metrics import tug_of_war
 from distributed_unlearn.files import complete_folder, expand_home
 from distributed_unlearn.provenance import hash_folder
-from distributed_unlearn.records import RoundRecord, RunRecord, SetScores, StepRecord, SurvivingUpdate
+from distributed_unlearn.records import RoundRecord, RunRecord, SetScores, StepRecord, SurvivingUpdate, run_verdict
 from distributed_unlearn.report.card import model_card
-from distributed_unlearn.rounds.evaluate import evaluate_sets
+from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets
 from distributed_unlearn.rounds.origin import model_to_open
 from distributed_unlearn.rounds.preparation import Session
 from distributed_unlearn.rounds.result import begin_record, card_lines, result_mark, result_papers, write_record
-from distributed_unlearn.rounds.round import RoundTask, run_round
+from distributed_unlearn.rounds.round import RoundTask, run_round, score_start
 
 _COMPARED = ("forget", "retain", "holdout")
 
@@ -38,9 +38,15 @@ def unlearn(session: Session) -> RunRecord:
     mode = workers.curvature_mode()
     with session.events.stage("writing and reading back the checkpoint"):
         survival, files = _write_checkpoint(session, model, rounds)
+        verdict = run_verdict(rounds[-1].verdict, survival)
         record, salt = begin_record("unlearning", session.run, files, data.partition.forget_rounds)
         record = replace(
-            record, rounds=tuple(rounds), surviving_update=survival, curvature_mode=mode, retrained=reference
+            record,
+            verdict=verdict,
+            rounds=tuple(rounds),
+            surviving_update=survival,
+            curvature_mode=mode,
+            retrained=reference,
         )
         write_record(session.run.folder, record, salt)
     session.log.log("surviving_update", 0, asdict(survival))
@@ -78,10 +84,12 @@ def _score_reference(session: Session) -> dict[str, SetScores] | None:
 def _run_rounds(session: Session, reference: dict[str, SetScores] | None) -> list[RoundRecord]:
     job, data = session.run.job, session.run.data
     rounds: list[RoundRecord] = []
-    num_rounds = len(data.partition.forget_rounds)
-    for index in range(num_rounds):
-        record = _run_round(session, index, num_rounds)
-        if reference is not None and index == num_rounds - 1 and not scores_samples(job, data):
+    tasks = [_task(session, index) for index in range(len(data.partition.forget_rounds))]
+    with session.events.stage("scoring all sets at the start of the job"):
+        start = score_start(session.workers, tasks)
+    for index, task in enumerate(tasks):
+        record = _run_round(session, task, start, len(tasks))
+        if reference is not None and index == len(tasks) - 1 and not scores_samples(job, data):
             keys = tuple(name for name in _COMPARED if name in reference)
             record = replace(record, tug_of_war=tug_of_war(record.after, reference, keys))
         session.log.log("round", index + 1, {k: v for k, v in asdict(record).items() if k != "steps"})
@@ -90,28 +98,29 @@ def _run_rounds(session: Session, reference: dict[str, SetScores] | None) -> lis
     return rounds
 
 
-def _run_round(session: Session, index: int, num_rounds: int) -> RoundRecord:
-    job, partition, log = session.run.job, session.run.data.partition, session.log
-    sets = _sets(session.run.data, index)
-    with session.events.round(index, num_rounds, job.solver.max_steps) as tell:
-        task = RoundTask(
-            round_index=index,
-            forget=sets["forget"],
-            retain=sets["retain"],
-            holdout=sets["holdout"],
-            objective=job.objective,
-            solver=job.solver,
-            curvature=job.curvature,
-            earlier_forget=partition.forget_rounds[:index],
-            erased_before=partition.erased_before,
-            max_evaluated_records=job.evaluation.max_records_per_set,
-        )
+def _task(session: Session, index: int) -> RoundTask:
+    job, partition = session.run.job, session.run.data.partition
+    return RoundTask(
+        round_index=index,
+        **_sets(session.run.data, index),
+        objective=job.objective,
+        solver=job.solver,
+        curvature=job.curvature,
+        earlier_forget=partition.forget_rounds[:index],
+        erased_before=partition.erased_before,
+        max_evaluated_records=job.evaluation.max_records_per_set,
+    )
+
+
+def _run_round(session: Session, task: RoundTask, start: Scores, num_rounds: int) -> RoundRecord:
+    job, log = session.run.job, session.log
+    with session.events.round(task.round_index, num_rounds, job.solver.max_steps) as tell:
 
         def on_step(record: StepRecord, measured: Mapping[str, float]) -> None:
-            log.log(f"round_{index + 1}/step", record.step, {**asdict(record), **measured})
+            log.log(f"round_{task.round_index + 1}/step", record.step, {**asdict(record), **measured})
             tell(record, measured)
 
-        return run_round(session.workers, task, on_step)
+        return run_round(session.workers, task, start, on_step)
 
 
 def _write_checkpoint(

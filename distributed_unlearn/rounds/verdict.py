@@ -12,15 +12,18 @@ A test speaks against forgetting when it rejects at 5 % over all four (Bonferron
 power: three quarters of the way from known to unseen must be gone besides, wherever there was a way to go (means apart
 by more than a tolerance and two standard errors).
 
-The holdout is taken at the job's start: weights that are damaged make every record hard.
+Each holdout record counts as hard as it is at the job's start or now, whichever is easier: damaged weights make every
+record hard, and a model that got better at all of them knows none.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from distributed_unlearn.records.verdict import Forgetting, ForgetVerdict, MeasureEvidence, RetainVerdict
+from distributed_unlearn.records.verdict import Forgetting, ForgetVerdict, MeasureEvidence, RetainVerdict, Verdict
+from distributed_unlearn.rounds.evaluate import Scores
 
 SIGNIFICANCE, NUM_TESTS = 0.05, 4
 """Chance to call a set known that cannot be told from unseen records, over all four tests."""
@@ -46,6 +49,32 @@ class RecordScores:
     """float64 [n], share of the answer's tokens whose argmax is not the label: 1 - memorised."""
 
 
+def judge(sets: Mapping[str, np.ndarray], start: Scores, now: Scores) -> Verdict:
+    """How all sets of a round stand.
+
+    Args:
+        sets: Records by set: `forget`, `retain`, `holdout`, `forget_round_<k>`, `erased_before_<k>`; some may be empty.
+        start: All of them at the start of the job.
+        now: All of them under the current weights.
+    """
+    retain = judge_retention(_of(now, sets["retain"]), _of(start, sets["retain"]))
+    if not len(sets["holdout"]):
+        return Verdict(None, retain)
+    first, last = _of(start, sets["holdout"]), _of(now, sets["holdout"])
+    holdout = RecordScores(np.minimum(first.losses, last.losses), np.minimum(first.missed, last.missed))
+    found = []
+    for name, indices in sets.items():
+        if len(indices) and name.startswith(("forget", "erased_before")):
+            known = None if name.startswith("erased_before") else _of(start, indices)
+            found.append(judge_forgetting(name, _of(now, indices), holdout, known))
+    return Verdict(found[0], retain, tuple(found[1:]))
+
+
+def _of(scores: Scores, indices: np.ndarray) -> RecordScores:
+    part = scores.of(np.unique(indices))
+    return RecordScores(part.mean_losses, part.missed)
+
+
 def judge_forgetting(
     set_name: str, now: RecordScores, holdout: RecordScores, start: RecordScores | None
 ) -> ForgetVerdict:
@@ -54,7 +83,7 @@ def judge_forgetting(
     Args:
         set_name: As in the round's scores.
         now: The set under the current weights.
-        holdout: Never trained on; at the start of the job.
+        holdout: Never trained on; see the module.
         start: The set at the start of the job, as known as it was; None: taken for fully known, 0 by both measures.
 
     Returns:

