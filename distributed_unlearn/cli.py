@@ -15,9 +15,9 @@ from types import FrameType
 
 from rich.console import Console
 
-from distributed_unlearn import __version__
 from distributed_unlearn.config import ClusterConfig, load_job, parse_cluster
 from distributed_unlearn.errors import ConfigError, UserError, WorkerError
+from distributed_unlearn.version import __version__
 
 INCOMPLETE = 10
 """Exit code of a run that ended as it should, whose verdict is not that everything is forgotten and the rest kept."""

@@ -16,8 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from distributed_unlearn import __version__
 from distributed_unlearn.errors import ModelError
+from distributed_unlearn.version import __version__
 
 MARK = "unlearning.json"
 """The file inside a checkpoint that says that it is a result of this program."""

@@ -31,7 +31,7 @@ def _only(*names: str) -> frozenset[str]:
 
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "version"),
     ("config", "records"),
     ("files", "provenance"),
     ("solvers", "curvature", "report"),
@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """From the ground up: a unit imports from lower floors and from itself, never from its neighbours or from above."""
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-TOP_LEVEL = {"__main__": _only("cli"), "__init__": _only("config", "records", "errors", "files", "commands")}
+TOP_LEVEL = {"__main__": _only("cli"), "__init__": _only("config", "records", "errors", "files", "commands", "version")}
 """The package's own entrances: what each may reach."""
 RULES: dict[str, UnitRule] = {
     "config": UnitRule(_only("pydantic", "yaml")),

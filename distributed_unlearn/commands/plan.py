@@ -1,11 +1,12 @@
 """`plan`: validate a job, resolve its data and say what it will need, without touching the weights."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
-from distributed_unlearn.commands.console_events import describe_data, warn_of_fallback, warn_of_reference
+from distributed_unlearn.commands.console_events import describe_data, print_line, warn_of_fallback, warn_of_reference
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.data.sampling import num_micro_batches
@@ -27,17 +28,50 @@ from distributed_unlearn.rounds.preparation import prepare, training_records
 Row = tuple[str, str, str]
 
 
-def run_plan(job: JobConfig, console: Console) -> None:
-    """Print the estimate; every mistake that `run` would refuse before loading weights is refused here too."""
+class PlanRow(NamedTuple):
+    """One line of a plan."""
+
+    quantity: str
+    value: str
+    explanation: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job would do and need."""
+
+    data: PreparedData
+    rows: tuple[PlanRow, ...]
+    segment_fallback: str | None
+    """Why the whole model is one segment, where it is."""
+
+
+def make_plan(job: JobConfig) -> Plan:
+    """The estimate, without workers and weights.
+
+    Raises:
+        UserError: every mistake that a run would refuse before loading weights.
+    """
     prepared = prepare(job)
     hf_config = load_model_config(job.model)
     num_workers, stage, task = job.cluster.num_workers, job.cluster.zero_stage, job.model.task
     size = measure_model(hf_config, job.model.trainable, num_workers, stage, task)
     rows = (_unlearning_rows if job.train is None else _training_rows)(size, hf_config, job, prepared)
-    console.print(describe_data(prepared), markup=False, highlight=False, soft_wrap=True)
-    warn_of_reference(console, job, prepared)
-    warn_of_fallback(console, size.fallback_reason)
-    console.print(facts_table("Plan", ("quantity", "value", "unit, why"), [*_model_rows(size, job), *rows]))
+    found = [PlanRow(*row) for row in (*_model_rows(size, job), *rows)]
+    return Plan(prepared, tuple(found), size.fallback_reason)
+
+
+def run_plan(job: JobConfig, console: Console) -> None:
+    """Print the estimate.
+
+    Raises:
+        UserError: see `make_plan`.
+    """
+    plan = make_plan(job)
+    print_line(console, describe_data(plan.data))
+    warn_of_reference(console, job, plan.data)
+    warn_of_fallback(console, plan.segment_fallback)
+    console.print(facts_table("Plan", ("quantity", "value", "unit, why"), plan.rows))
     console.print("the job is valid; nothing was loaded or written", highlight=False)
 
 

@@ -10,7 +10,7 @@ from distributed_unlearn.config import JobConfig
 from distributed_unlearn.records import RunRecord, SurvivingUpdate
 from distributed_unlearn.records.verdict import SURVIVAL_LEVEL
 from distributed_unlearn.report.tables import comparison_table
-from distributed_unlearn.rounds.events import RunEvents
+from distributed_unlearn.rounds.events import RunEvents, Unwatched
 from distributed_unlearn.rounds.folder import claimed, output_folder
 from distributed_unlearn.rounds.preparation import prepare_run
 from distributed_unlearn.rounds.result import Report, write_report
@@ -18,12 +18,12 @@ from distributed_unlearn.rounds.session import run_session
 from distributed_unlearn.workers.group import WorkerGroup
 
 
-def run_job(job: JobConfig, events: RunEvents, group: WorkerGroup | None = None) -> Report:
+def run_job(job: JobConfig, events: RunEvents | None = None, group: WorkerGroup | None = None) -> Report:
     """Run a job in its output folder and draw its report.
 
     Args:
         job: What to do.
-        events: What is told as it happens.
+        events: What is told as it happens; None: nobody.
         group: Open workers to run on, which stay open; None: those that the job's `cluster` asks for.
 
     Raises:
@@ -31,10 +31,11 @@ def run_job(job: JobConfig, events: RunEvents, group: WorkerGroup | None = None)
     """
     folder = output_folder(job.output)
     with claimed(folder):
-        run = prepare_run(job, folder, events)
+        watcher = Unwatched() if events is None else events
+        run = prepare_run(job, folder, watcher)
         opened: AbstractContextManager[WorkerGroup] = open_group(job.cluster) if group is None else nullcontext(group)
         with opened as workers:
-            run_session(workers, run, events)
+            run_session(workers, run, watcher)
         return write_report(folder)
 
 
