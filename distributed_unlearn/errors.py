@@ -46,7 +46,7 @@ class ResourceError(UserError):
 
 
 class NumericalError(UserError):
-    """Weights, a loss, a gradient or a product are not finite; nothing was changed by the step that found it."""
+    """Weights, a loss, a gradient or a product are not finite; no checkpoint was written from them."""
 
     exit_code, kind = 7, "numerics"
 

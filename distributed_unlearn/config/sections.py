@@ -151,11 +151,16 @@ class SaveConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """Fine-tuning instead of unlearning: accelerate + DeepSpeed inside the same workers."""
+    """Fine-tuning instead of unlearning: accelerate + DeepSpeed inside the same workers.
+
+    Without dropout, layer drop, router noise or batch statistics, whatever the model's configuration asks for: a result
+    depends on neither the number of workers nor the micro-batch.
+    """
 
     epochs: int = Field(default=3, ge=1)
+    """How often each record is seen, exactly."""
     batch_size: int = Field(default=16, ge=1)
-    """Global records per optimiser step."""
+    """Global records per optimiser step; what is left of an epoch makes a smaller last step."""
     learning_rate: float = Field(default=1e-4, gt=0.0, le=1e38)
     weight_decay: float = Field(default=0.01, ge=0.0)
     warmup_share: float = Field(default=0.1, ge=0.0, lt=1.0)

@@ -2,10 +2,15 @@
 
 The loss of a step is the token mean over the *global* minibatch. DeepSpeed averages gradients over ranks and
 over accumulation steps, so each local share is multiplied by both counts before `backward`.
+
+The model trains in `eval()` mode. What depends on chance or on which records share a micro-batch is off: dropout,
+layer drop, a router's noise, batch statistics. With any of it on, a result would depend on the number of ranks and
+on the micro-batch, and a retrained reference would differ from the trained model by more than the records left out.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,14 +26,32 @@ from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.data.sampling import cut, draw, micro_batches, num_micro_batches
 from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.errors import NumericalError
-from distributed_unlearn.workers.messages import TrainingPlan, TrainingSpec
+from distributed_unlearn.models.families import family_of
+from distributed_unlearn.workers.messages import Indices, TrainingPlan, TrainingSpec
 
 
 def plan_training(config: TrainConfig, num_records: int, world_size: int, micro_batch_size: int) -> TrainingPlan:
-    """Steps and accumulation of `config.epochs` passes over `num_records`."""
+    """Steps and accumulation of `config.epochs` passes over `num_records`; the last step of an epoch may be smaller."""
     batch = min(config.batch_size, num_records)
     accumulation = num_micro_batches(batch, world_size, micro_batch_size)
     return TrainingPlan(config.epochs * math.ceil(num_records / batch), batch, accumulation, micro_batch_size)
+
+
+def records_of_step(seed: int, step_index: int, indices: Indices, batch_size: int) -> Indices:
+    """The records of one optimiser step: an epoch is one permutation of all, cut into batches; the last takes the rest.
+
+    So every record is seen exactly once an epoch. Depends on neither ranks nor micro-batches.
+    """
+    epoch, position = divmod(step_index, math.ceil(len(indices) / batch_size))
+    everything = draw(seed, 0, epoch, "train", indices, len(indices))
+    return everything[position * batch_size : (position + 1) * batch_size]
+
+
+def left_out(hf_config: Any) -> tuple[str, ...]:
+    """What a model's configuration asks for and training leaves out, as `name rate`: dropout, layer drop, jitter."""
+    settings = sorted(hf_config.to_dict().items())
+    chance = [(name, rate) for name, rate in settings if ("drop" in name or "jitter" in name) and type(rate) is float]
+    return tuple(f"{name} {rate:g}" for name, rate in chance if rate > 0)
 
 
 def warmup_then_cosine(step: int, num_steps: int, warmup_share: float) -> float:
@@ -62,7 +85,9 @@ class Trainer:
         config = spec.train
         self._corpus, self._indices, self._config = corpus, spec.indices, config
         self._communicator, self._seed = communicator, spec.seed
-        self.plan = plan_training(config, len(spec.indices), communicator.world_size, spec.micro_batch_size)
+        self._constants = family_of(spec.model.task).constants
+        plan = plan_training(config, len(spec.indices), communicator.world_size, spec.micro_batch_size)
+        self.plan = replace(plan, left_out=left_out(model.config))
         bf16 = next(model.parameters()).dtype == torch.bfloat16
         plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(spec.zero_stage, bf16))
         # accelerate keeps the first plugin of a process for good; a second training needs a clean state.
@@ -70,7 +95,7 @@ class Trainer:
         AcceleratorState._reset_state(reset_partial_state=True)
         self._accelerator = Accelerator(deepspeed_plugin=plugin)
         optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.learning_rate)
-        self._engine, self._optimizer = self._accelerator.prepare(model.train(), optimizer)
+        self._engine, self._optimizer = self._accelerator.prepare(model.eval(), optimizer)
         assert type(self._engine).__name__ == "DeepSpeedEngine", "accelerate did not choose DeepSpeed"
         self.model = model
 
@@ -93,32 +118,43 @@ class Trainer:
         """One optimiser step; returns the token mean of the global minibatch's nll before it.
 
         Raises:
-            NumericalError: the loss is not finite (on every rank).
+            NumericalError: the loss is not finite (on every rank); this step has changed no weight.
         """
         plan, communicator = self.plan, self._communicator
-        chosen = draw(self._seed, 0, step_index, "train", self._indices, plan.batch_size)
+        chosen = records_of_step(self._seed, step_index, self._indices, plan.batch_size)
         num_tokens = int(self._corpus.num_answer_tokens(chosen).sum())
         mine = cut(chosen, communicator.rank, communicator.world_size)
         factor = warmup_then_cosine(step_index, plan.num_steps, self._config.warmup_share)
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.learning_rate * factor
-        local = 0.0
         scale = communicator.world_size * plan.accumulation_steps / num_tokens
-        for part in micro_batches(mine, plan.micro_batch_size, plan.accumulation_steps):
-            batch = self._corpus.batch(part).to(communicator.device)
-            with self._accelerator.accumulate(self._engine), rows_before_head(self.model, batch.positions) as selection:
-                logits = selection.rows(self._engine(**batch.inputs, use_cache=False).logits)
-                nll = functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        parts = micro_batches(mine, plan.micro_batch_size, plan.accumulation_steps)
+        local = loss = 0.0
+        for number, part in enumerate(parts):
+            with self._accelerator.accumulate(self._engine):
+                nll = self._sum_of_nll(part)
+                local += float(nll.detach())
+                if number == len(parts) - 1:  # the last backward pass is followed by the optimiser's step
+                    loss = self._mean_loss(local, num_tokens, step_index)
                 self._accelerator.backward(nll * scale)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
-            local += float(nll.detach())
-        loss = float(communicator.all_reduce_sum(torch.tensor([local], dtype=torch.float64))[0]) / num_tokens
+        return loss
+
+    def _sum_of_nll(self, indices: Indices) -> torch.Tensor:
+        batch = self._corpus.batch(indices).to(self._communicator.device)
+        with rows_before_head(self.model, batch.positions) as selection:
+            logits = selection.rows(self._engine(**self._constants, **batch.inputs).logits)
+        return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
+
+    def _mean_loss(self, local: float, num_tokens: int, step_index: int) -> float:
+        total = self._communicator.all_reduce_sum(torch.tensor([local], dtype=torch.float64))
+        loss = float(total[0]) / num_tokens
         if not math.isfinite(loss):
             raise NumericalError(
-                f"a training loss of {loss} at step {step_index}",
+                f"a training loss of {loss} at step {step_index + 1}",
                 "a finite loss",
-                "lower train.learning_rate or use float32",
+                "lower train.learning_rate or use float32; no checkpoint was written",
             )
         return loss
 

@@ -1,5 +1,6 @@
 """A training job on workers: fine-tuning, or the retrained reference; the checkpoint, its record, its scores."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ from distributed_unlearn.rounds.origin import model_to_open
 from distributed_unlearn.rounds.preparation import Session, training_records
 from distributed_unlearn.rounds.result import begin_record, result_mark, result_papers, write_record
 from distributed_unlearn.workers.messages import TrainingSpec
+
+_LOG = logging.getLogger(__name__)
 
 
 def train(session: Session) -> RunRecord:
@@ -54,6 +57,12 @@ def _take_steps(session: Session, indices: np.ndarray) -> list[float]:
         seed=job.solver.seed,
     )
     plan = workers.begin_training(spec)
+    if plan.left_out:
+        _LOG.warning(
+            "the model's configuration asks for %s; training leaves it out, so that its result depends on neither "
+            "the number of workers nor the micro-batch",
+            ", ".join(plan.left_out),
+        )
     losses = []
     with session.events.training(plan.num_steps) as tell:
         for step in range(plan.num_steps):

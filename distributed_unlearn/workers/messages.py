@@ -76,6 +76,8 @@ class TrainingPlan:
     batch_size: int
     accumulation_steps: int
     micro_batch_size: int
+    left_out: tuple[str, ...] = ()
+    """Dropout and the like that the model's configuration asks for and this training does without: `name rate`."""
 
 
 @dataclass(frozen=True)

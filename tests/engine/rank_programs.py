@@ -14,7 +14,7 @@ import deepspeed
 import numpy as np
 import torch
 
-from distributed_unlearn.config import CurvatureConfig, ModelConfig, SaveConfig
+from distributed_unlearn.config import CurvatureConfig, ModelConfig, SaveConfig, TrainConfig
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.engine.inputs import local_micro_batches
@@ -332,14 +332,14 @@ def broken_reductions(worker: Worker, plan: Plan) -> dict[str, Any]:
 
 
 def train(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
-    """One step, and three steps, from the same checkpoint."""
+    """One step, and three steps, from the same checkpoint; at stage 2 a model that asks for dropout."""
     found: dict[str, Any] = {}
+
+    def spec_of(name: str, config: TrainConfig) -> TrainingSpec:
+        return TrainingSpec(ModelConfig(path=str(plan.folder / name)), config, np.arange(NUM_RECORDS), stage, 2, 0)
+
     for num_steps in (1, 3):
-        found["plan"] = worker.begin_training(
-            TrainingSpec(
-                ModelConfig(path=str(plan.folder / "odd_llama")), TRAINING, np.arange(NUM_RECORDS), stage, 2, 0
-            )
-        )
+        worker.begin_training(spec_of("odd_llama", TRAINING))
         losses = [worker.train_step(step) for step in range(num_steps)]
         facts = worker.finish_training()
         found[f"{num_steps}"] = {
@@ -349,4 +349,8 @@ def train(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
             "weights": worker.opened.weights.master.clone(),
             "scores": worker.score(np.arange(NUM_RECORDS), 4),
         }
+    if stage == 2:  # without blocks, so not at stage 3
+        config = TRAINING.model_copy(update={"batch_size": NUM_RECORDS})
+        found["dropout"] = worker.begin_training(spec_of("blockless", config)), worker.train_step(0)
+        worker.finish_training()
     return found
