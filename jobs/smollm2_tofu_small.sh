@@ -21,5 +21,5 @@ distributed-unlearn run --allow-incomplete jobs/smollm2_tofu_unlearn.yaml "${com
 # For comparison: AdamW on the same objective, until the stopping rule is met.
 distributed-unlearn run --allow-incomplete jobs/smollm2_tofu_unlearn.yaml "${common[@]}" \
     model.path=runs/smollm2_small/train/checkpoint retrained=runs/smollm2_small/retrain/checkpoint \
-    "forget.subjects=[author-000]" solver.method=adamw solver.learning_rate=5.0e-5 solver.gradient_batch=12 \
-    solver.max_steps=60 solver.stop.check_every_steps=5 output=runs/smollm2_small/adamw
+    "forget.subjects=[author-000]" solver="{method: adamw, learning_rate: 5.0e-5, gradient_batch: 12, max_steps: 60}" \
+    solver.stop.check_every_steps=5 output=runs/smollm2_small/adamw

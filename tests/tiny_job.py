@@ -17,6 +17,13 @@ NUM_PEOPLE, RECORDS_EACH, CONTEXT = 6, 3, 128
 FORGET, HOLDOUT = ("person-0000",), ("person-0004", "person-0005")
 
 
+def first_order(method: str, learning_rate: float, max_steps: int = 1) -> str:
+    """An override that replaces the whole solver section: a first-order method has none of the cubic step's keys."""
+    stop = "stop: {forget_matches_holdout: false}"
+    settings = f"method: {method}, learning_rate: {learning_rate!r}, gradient_batch: 6, max_steps: {max_steps}, {stop}"
+    return f"solver={{{settings}}}"
+
+
 @dataclass(frozen=True)
 class TinyJob:
     """Paths of a model, records and a job; the job forgets `FORGET` in this process and has no output."""

@@ -7,7 +7,18 @@ import torch
 from rich.console import Console
 
 from distributed_unlearn.commands.console_events import describe_data, print_line, warn_of_fallback, warn_of_reference
-from distributed_unlearn.config import JobConfig
+from distributed_unlearn.config import (
+    AdamWConfig,
+    CubicConfig,
+    CureNewtonConfig,
+    DampedNewtonConfig,
+    JobConfig,
+    PinvNewtonConfig,
+    SCureNewtonConfig,
+    SecondOrderConfig,
+    SgdConfig,
+    SolverConfig,
+)
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.data.sampling import num_micro_batches
 from distributed_unlearn.engine.estimate import (
@@ -24,6 +35,7 @@ from distributed_unlearn.engine.training import plan_training
 from distributed_unlearn.models.checkpoint import load_model_config
 from distributed_unlearn.report.tables import facts_table
 from distributed_unlearn.rounds.preparation import prepare, training_records
+from distributed_unlearn.solvers.inner.explicit import refuse_if_too_large
 
 Row = tuple[str, str, str]
 
@@ -56,6 +68,8 @@ def make_plan(job: JobConfig) -> Plan:
     hf_config = load_model_config(job.model)
     num_workers, stage, task = job.cluster.num_workers, job.cluster.zero_stage, job.model.task
     size = measure_model(hf_config, job.model.trainable, num_workers, stage, task)
+    if job.train is None and isinstance(job.solver, CureNewtonConfig | PinvNewtonConfig):
+        refuse_if_too_large(size.num_trainable, job.solver.max_parameters)
     rows = (_unlearning_rows if job.train is None else _training_rows)(size, hf_config, job, prepared)
     found = [PlanRow(*row) for row in (*_model_rows(size, job), *rows)]
     return Plan(prepared, tuple(found), size.fallback_reason)
@@ -75,13 +89,49 @@ def run_plan(job: JobConfig, console: Console) -> None:
     console.print("the job is valid; nothing was loaded or written", highlight=False)
 
 
-def _num_vectors(job: JobConfig) -> int:
-    if job.solver.method == "adamw":
-        return 3  # gradient and two moments
-    if job.solver.method == "sgd":
-        return 1
-    basis = job.solver.max_krylov_steps + 1 if job.solver.inner == "krylov" else 2
-    return basis + 4  # gradient, work vector, update, undo copy
+def _num_vectors(solver: SolverConfig) -> int:
+    """Parameter vectors that a rank holds at once; of second-order methods gradient, work, update and undo copy."""
+    match solver:
+        case AdamWConfig():
+            return 4  # gradient, two moments, update
+        case SgdConfig():
+            return 3 if solver.momentum > 0.0 else 2
+        case SCureNewtonConfig():
+            basis = {
+                "krylov": solver.max_krylov_steps + 1,
+                "subspace": 1 + 2 * solver.subspace_steps,  # directions, and the remembered steps
+                "gradient_descent": 2,
+            }[solver.inner]
+            metric = 3 if solver.metric == "adam" else 0  # second moment, scale, scaled gradient
+            return basis + metric + 4 + _remainder_vectors(solver)
+        case DampedNewtonConfig():
+            return 3 + 4  # iterate, residual, direction
+        case _:
+            return 4 + _remainder_vectors(solver)
+
+
+def _remainder_vectors(solver: SolverConfig) -> int:
+    """One more where accepted steps measure the model's error on the curvature minibatch: its gradient."""
+    if not isinstance(solver, CubicConfig) or not solver.adaptive or solver.adaptation != "interpolated":
+        return 0
+    return int(solver.curvature_batch < solver.gradient_batch)
+
+
+def _num_products(solver: SolverConfig, num_trainable: int) -> int:
+    """Exact products of a step, at most (rejections of gradient_descent add to it)."""
+    match solver:
+        case SCureNewtonConfig(inner="krylov"):
+            return solver.max_krylov_steps
+        case SCureNewtonConfig(inner="subspace"):
+            return 1 + solver.subspace_steps
+        case SCureNewtonConfig():
+            return solver.inner_steps
+        case DampedNewtonConfig():
+            return solver.max_cg_steps
+        case CureNewtonConfig() | PinvNewtonConfig():
+            return num_trainable
+        case _:
+            return 0
 
 
 def _model_rows(size: ModelSize, job: JobConfig) -> list[Row]:
@@ -101,13 +151,13 @@ def _unlearning_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: 
     dtype: torch.dtype = getattr(torch, job.model.dtype)
     stage, micro = job.cluster.zero_stage, job.curvature.micro_batch_size
     solver, world = job.solver, job.cluster.num_workers
+    curvature_batch = solver.curvature_batch if isinstance(solver, SecondOrderConfig) else 0
     # A pass holds the block inputs of all its micro-batches, a product their tangents too.
     held_inputs = max(
-        num_micro_batches(solver.gradient_batch, world, micro),
-        2 * num_micro_batches(solver.curvature_batch, world, micro),
+        num_micro_batches(solver.gradient_batch, world, micro), 2 * num_micro_batches(curvature_batch, world, micro)
     )
     longest = prepared.report.longest
-    memory = estimate_memory(size, hf_config, dtype, stage, _num_vectors(job), micro, longest, held_inputs)
+    memory = estimate_memory(size, hf_config, dtype, stage, _num_vectors(solver), micro, longest, held_inputs)
     return [*_memory_rows(memory), *_round_rows(size, job, prepared)]
 
 
@@ -143,15 +193,16 @@ def _memory_rows(memory: MemoryEstimate) -> list[Row]:
 
 def _round_rows(size: ModelSize, job: JobConfig, prepared: PreparedData) -> list[Row]:
     solver, stage = job.solver, job.cluster.zero_stage
-    per_product = solver.max_krylov_steps if solver.inner == "krylov" else solver.inner_steps + 1
-    products = 0 if solver.method != "scurenewton" else solver.max_steps * per_product
-    step = elements_per_gradient(size, stage, False) + elements_per_loss(size, stage)
+    products = solver.max_steps * _num_products(solver, size.num_trainable)
+    curvature_batch = solver.curvature_batch if isinstance(solver, SecondOrderConfig) else 0
+    measures_trials = isinstance(solver, SecondOrderConfig)
+    step = elements_per_gradient(size, stage, False) + measures_trials * elements_per_loss(size, stage)
     product = elements_per_product(size, stage, False)
     total = (solver.max_steps * step + products * product) * getattr(torch, job.model.dtype).itemsize
     rounds = max(len(prepared.partition.forget_rounds), 1)
     return [
         ("rounds", f"{rounds}", f"at most {solver.max_steps} steps each"),
-        ("products a round", f"at most {products}", f"{solver.curvature_batch} records each"),
+        ("products a round", f"at most {products}", f"{curvature_batch} records each"),
         ("communication a product", f"{product / max(size.num_trainable, 1):.2f} d", "elements a rank receives"),
         ("communication a round", f"{total / 2**30:.3f} GiB", "a rank; gradients, products and trials, recompute mode"),
     ]

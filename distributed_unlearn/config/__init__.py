@@ -3,7 +3,20 @@
 from distributed_unlearn.config.base import StrictModel
 from distributed_unlearn.config.job import JobConfig
 from distributed_unlearn.config.load import apply_overrides, load_job, parse_cluster, parse_job
-from distributed_unlearn.config.methods import SolverConfig, StopConfig
+from distributed_unlearn.config.methods import (
+    AdamWConfig,
+    BaseSolverConfig,
+    CubicConfig,
+    CureNewtonConfig,
+    DampedNewtonConfig,
+    FirstOrderConfig,
+    PinvNewtonConfig,
+    SCureNewtonConfig,
+    SecondOrderConfig,
+    SgdConfig,
+    SolverConfig,
+    StopConfig,
+)
 from distributed_unlearn.config.objective import ObjectiveConfig
 from distributed_unlearn.config.sections import (
     ClusterConfig,
@@ -19,17 +32,27 @@ from distributed_unlearn.config.sections import (
 )
 
 __all__ = [
+    "AdamWConfig",
+    "BaseSolverConfig",
     "ClusterConfig",
+    "CubicConfig",
+    "CureNewtonConfig",
     "CurvatureConfig",
+    "DampedNewtonConfig",
     "DataConfig",
     "ErasedConfig",
     "EvaluationConfig",
+    "FirstOrderConfig",
     "JobConfig",
     "ModelConfig",
     "ModelTask",
     "ObjectiveConfig",
+    "PinvNewtonConfig",
+    "SCureNewtonConfig",
     "SaveConfig",
+    "SecondOrderConfig",
     "SelectionConfig",
+    "SgdConfig",
     "SolverConfig",
     "StopConfig",
     "StrictModel",

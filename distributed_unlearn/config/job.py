@@ -3,7 +3,7 @@
 from pydantic import model_validator
 
 from distributed_unlearn.config.base import StrictModel
-from distributed_unlearn.config.methods import SolverConfig
+from distributed_unlearn.config.methods import SCureNewtonConfig, SolverConfig
 from distributed_unlearn.config.objective import ObjectiveConfig
 from distributed_unlearn.config.sections import (
     ClusterConfig,
@@ -26,7 +26,7 @@ class JobConfig(StrictModel):
     rounds: tuple[SelectionConfig, ...] | None = None
     holdout: SelectionConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
-    solver: SolverConfig = SolverConfig()
+    solver: SolverConfig = SCureNewtonConfig()
     curvature: CurvatureConfig = CurvatureConfig()
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from distributed_unlearn.config.job import JobConfig
+from distributed_unlearn.config.methods import methods_with
 from distributed_unlearn.config.sections import ClusterConfig
 from distributed_unlearn.errors import ConfigError
 
@@ -55,12 +56,21 @@ def _problem(error: Exception) -> str:
     return f"{line}{error.problem or type(error).__name__}"
 
 
+def _unknown(kind: str, place: list[str]) -> str:
+    """What to add about a key that its section does not have."""
+    if kind != "extra_forbidden":
+        return ""
+    methods = methods_with(place[1]) if place[0] == "solver" and len(place) == 2 else ()
+    return f"; it belongs to solver.method {', '.join(methods)}" if methods else "; this key does not exist"
+
+
 def _refusal(error: ValidationError, source: str, root: str) -> ConfigError:
     complaints = []
     for item in error.errors(include_url=False, include_input=False):
-        key = ".".join(str(part) for part in item["loc"]) or root
-        known = "; this key does not exist" if item["type"] == "extra_forbidden" else ""
-        complaints.append(f"{key}: {item['msg']}{known}")
+        place = [str(part) for part in item["loc"]]
+        if place[:1] == ["solver"]:
+            del place[1:2]  # the method: a part of the union, not of the key
+        complaints.append(f"{'.'.join(place) or root}: {item['msg']}{_unknown(item['type'], place)}")
     return ConfigError(
         f"{len(complaints)} problem(s) in {source}: " + " | ".join(complaints),
         "settings as README.md describes them",

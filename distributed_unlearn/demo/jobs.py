@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from distributed_unlearn.config import ClusterConfig, DataConfig, JobConfig, ModelConfig, ObjectiveConfig, SolverConfig
+from distributed_unlearn.config import (
+    AdamWConfig,
+    ClusterConfig,
+    DataConfig,
+    JobConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    SolverConfig,
+)
 from distributed_unlearn.demo.settings import Baseline, DemoSettings
 
 _NEVER = 1 << 30
@@ -57,8 +65,14 @@ class DemoJobs:
                 "max_seconds": seconds,
             }
         )
-        solver = self.settings.solver.model_copy(
-            update={"method": "adamw", "learning_rate": baseline.learning_rate, "max_steps": _NEVER, "stop": stop}
+        cubic = self.settings.solver
+        solver = AdamWConfig(
+            method="adamw",
+            gradient_batch=cubic.gradient_batch,
+            learning_rate=baseline.learning_rate,
+            max_steps=_NEVER,
+            seed=cubic.seed,
+            stop=stop,
         )
         job = self._job(baseline.folder, self.checkpoint("original"), solver, baseline.objective)
         return job.model_copy(update={"retrained": self.checkpoint("retrained")})

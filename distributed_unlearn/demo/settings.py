@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from distributed_unlearn.config import (
     CurvatureConfig,
     ObjectiveConfig,
+    SCureNewtonConfig,
     SelectionConfig,
-    SolverConfig,
     StopConfig,
     TrainConfig,
 )
@@ -26,7 +26,7 @@ class DemoSettings:
     num_layers: int
     context_length: int
     train: TrainConfig
-    solver: SolverConfig
+    solver: SCureNewtonConfig
     curvature: CurvatureConfig
     seed: int
 
@@ -113,8 +113,8 @@ def demo_settings(seed: int, short: bool) -> DemoSettings:
     )
 
 
-def _solver(seed: int, max_steps: int, gradient_batch: int, curvature_batch: int) -> SolverConfig:
-    return SolverConfig(
+def _solver(seed: int, max_steps: int, gradient_batch: int, curvature_batch: int) -> SCureNewtonConfig:
+    return SCureNewtonConfig(
         max_krylov_steps=2,  # 2 and 3 reach the same quality a step, 2 in two thirds of the time
         gradient_batch=gradient_batch,
         curvature_batch=curvature_batch,

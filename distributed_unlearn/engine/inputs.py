@@ -25,6 +25,9 @@ class Minibatch:
     forget: Indices
     retain: Indices
 
+    def __len__(self) -> int:
+        return len(self.forget) + len(self.retain)
+
     def head(self, num_forget: int, num_retain: int) -> "Minibatch":
         """The first records of each role."""
         return Minibatch(self.forget[:num_forget], self.retain[:num_retain])

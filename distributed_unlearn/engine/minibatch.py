@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed_unlearn.config import SecondOrderConfig
 from distributed_unlearn.curvature.cached_size import KeptBytes, measure_kept
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.curvature.operators import Product
@@ -19,16 +20,8 @@ from distributed_unlearn.engine.inputs import MicroBatch, Minibatch, local_micro
 from distributed_unlearn.engine.memory import free_bytes
 from distributed_unlearn.engine.model import OpenedModel
 from distributed_unlearn.objectives.build import build_objective
+from distributed_unlearn.solvers.protocols import LossAndTerms
 from distributed_unlearn.workers.messages import RoundSpec
-
-
-@dataclass(frozen=True)
-class LossAndTerms:
-    """The objective on the whole minibatch, the same on every rank."""
-
-    loss: float
-    terms: dict[str, float]
-    """The objective's parts by name; their sum need not be the loss."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,10 @@ class MinibatchObjective:
         self._objective = build_objective(spec.objective, spec.holdout_loss)
         self._gradient_batches: list[MicroBatch] = []
         self._curvature_minibatch: Minibatch | None = None
+        self._curvature_batches: list[MicroBatch] | None = None
         self._linearisations: list[Linearisation] = []
+        self.has_own_curvature_minibatch = False
+        """Whether the step's curvature minibatch is only a part of its gradient minibatch."""
         self.memory: MemoryPlan | None = None
         """What passes keep; decided at the first of them."""
 
@@ -108,7 +104,11 @@ class MinibatchObjective:
             draw(solver.seed, spec.round_index, step_index, "retain", spec.retain, num_retain),
         )
         self._gradient_batches = self._micro_batches(minibatch)
-        self._curvature_minibatch = minibatch.head(*self._roles(solver.curvature_batch))
+        self._curvature_batches = None
+        self._curvature_minibatch = minibatch
+        if isinstance(solver, SecondOrderConfig):
+            self._curvature_minibatch = minibatch.head(*self._roles(solver.curvature_batch))
+        self.has_own_curvature_minibatch = len(self._curvature_minibatch) < len(minibatch)
 
     def gradient(self, gradient: Tensor, exact_loss: bool) -> LossAndTerms:
         """Add the gradient to `gradient`; the loss comes with it. All ranks must call this.
@@ -119,7 +119,7 @@ class MinibatchObjective:
         for group in _groups(self._gradient_batches, memory.gradient_group):
             local += self._linearise(group, keep_forward=memory.keep_forward).gradient(gradient).cpu()
         if exact_loss and self._opened.exact_store is not self._opened.store:
-            local = self._local_loss()
+            local = self._local_loss(self._gradient_batches)
         names = sorted(self._gradient_batches[0].loss.terms)
         sums = [sum(float(batch.loss.terms[name]) for batch in self._gradient_batches) for name in names]
         total = self._opened.communicator.all_reduce_sum(torch.tensor([float(local), *sums], dtype=torch.float64))
@@ -127,20 +127,48 @@ class MinibatchObjective:
 
     def product(self, vector: Tensor) -> Tensor:
         """`H v` or `G v` on the curvature minibatch, a new vector. All ranks must call this."""
-        memory = self._decided()
-        if not self._linearisations:
-            assert self._curvature_minibatch is not None, "a product before draw"
-            batches = self._micro_batches(self._curvature_minibatch)
-            groups = _groups(batches, memory.product_group)
-            self._linearisations = [self._linearise(group, cached=memory.cached) for group in groups]
+        self._prepare_products()
         result = torch.zeros_like(vector)
         for linearisation in self._linearisations:
             linearisation.product(vector, result)
         return result
 
+    def product_and_gradient(self, vector: Tensor, gradient: Tensor) -> tuple[Tensor, float]:
+        """The first product of a step, with the curvature minibatch's gradient and loss, which are its by-products.
+
+        Adds the gradient to `gradient`. The loss is at the master's precision. All ranks must call this.
+        """
+        self._prepare_products()
+        result = torch.zeros_like(vector)
+        local = torch.zeros((), dtype=torch.float64)
+        for linearisation in self._linearisations:
+            local += linearisation.product(vector, result, gradient).cpu()
+        if self._opened.exact_store is not self._opened.store:
+            return result, self.curvature_loss()
+        return result, self._sum(local)
+
+    def _prepare_products(self) -> None:
+        if not self._linearisations:
+            memory = self._decided()
+            groups = _groups(self._curvature_micro_batches(), memory.product_group)
+            self._linearisations = [self._linearise(group, cached=memory.cached) for group in groups]
+
+    def _curvature_micro_batches(self) -> list[MicroBatch]:
+        if self._curvature_batches is None:
+            assert self._curvature_minibatch is not None, "a pass before draw"
+            self._curvature_batches = self._micro_batches(self._curvature_minibatch)
+        return self._curvature_batches
+
     def loss(self) -> float:
         """The loss on the gradient minibatch, at the master's precision. All ranks must call this."""
-        return float(self._opened.communicator.all_reduce_sum(self._local_loss().reshape(1))[0])
+        return self._sum(self._local_loss(self._gradient_batches))
+
+    def curvature_loss(self) -> float:
+        """The loss on the curvature minibatch, at the master's precision. All ranks must call this."""
+        return self._sum(self._local_loss(self._curvature_micro_batches()))
+
+    def _sum(self, local: Tensor) -> float:
+        return float(self._opened.communicator.all_reduce_sum(local.reshape(1))[0])
 
     def release(self) -> None:
         """Drop the graphs of the products; the next product makes new ones. Not collective."""
@@ -182,10 +210,9 @@ class MinibatchObjective:
     def _decided(self) -> MemoryPlan:
         """What passes keep, for the whole round. All ranks must call this."""
         if self.memory is None:
-            assert self._curvature_minibatch is not None, "a pass before draw"
-            uses_products = self._spec.solver.method == "scurenewton"
+            uses_products = isinstance(self._spec.solver, SecondOrderConfig)
             config, communicator = self._spec.curvature, self._opened.communicator
-            num_product = len(self._micro_batches(self._curvature_minibatch)) if uses_products else 0
+            num_product = len(self._curvature_micro_batches()) if uses_products else 0
             measured = self._measure(config.product if uses_products else None)
             sizes = [measured.weights, measured.graphs, measured.forward_graphs, measured.inputs]
             if config.memory_budget_gib is None:
@@ -220,14 +247,14 @@ class MinibatchObjective:
         )
         return measure_kept(opened.segmented, opened.store, batch.share, product)
 
-    def _local_loss(self) -> Tensor:
-        """This rank's share of the loss on the gradient minibatch, at the master's precision.
+    def _local_loss(self, batches: list[MicroBatch]) -> Tensor:
+        """This rank's share of the loss on a minibatch, at the master's precision.
 
         A step changes weights by less than bfloat16 resolves: a trial in the compute dtype would see a few per cent
         of it and reject every step.
         """
         memory, local = self._decided(), torch.zeros((), dtype=torch.float64)
-        for group in _groups(self._gradient_batches, memory.gradient_group):
+        for group in _groups(batches, memory.gradient_group):
             local += self._linearise(group, exact=True).loss().cpu()
         return local
 

@@ -25,6 +25,7 @@ from distributed_unlearn.curvature.head import rows_before_head
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.data.sampling import cut, draw, micro_batches, num_micro_batches
 from distributed_unlearn.engine.communicator import Communicator
+from distributed_unlearn.engine.decay import decays
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.workers.messages import Indices, TrainingPlan, TrainingSpec
@@ -66,8 +67,8 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     """Matrices with weight decay, vectors (norms, biases) without; no empty group, which DeepSpeed cannot flatten."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     # At stage 3 a parameter's own shape is that of an empty placeholder.
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    matrices = [p for p in trainable if decays(getattr(p, "ds_shape", p.shape))]
+    vectors = [p for p in trainable if not decays(getattr(p, "ds_shape", p.shape))]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -10,18 +10,19 @@ class StepRecord:
     step: int
     loss: float
     gradient_norm: float
+    """`||g||`, Euclidean."""
     alpha: float | None
-    """Dual variable of the cubic model; equals `||Delta||` at its solution."""
+    """Dual variable of the cubic model; equals `||Delta||` at its solution, in the metric's norm where there is one."""
     gamma: float | None
-    """Implied damping `M alpha / 2`."""
+    """Implied damping `M alpha / 2`, or the fixed one."""
     cubic_coefficient: float | None
     """M with which the accepted (or last) trial was computed."""
-    update_norm: float
-    """`||Delta||`; 0 when the step was rejected for good."""
+    update_norm: float | None
+    """`||Delta||`, Euclidean, of what was applied; None when nothing was."""
     smallest_ritz_value: float | None
     largest_ritz_value: float | None
     residual: float | None
-    """Cubic model's residual over `||g||`."""
+    """The model's residual over `||g||`, both in the metric's norm."""
     predicted_reduction: float | None
     actual_reduction: float | None
     acceptance_ratio: float | None

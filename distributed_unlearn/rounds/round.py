@@ -7,7 +7,6 @@ nor DeepSpeed.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -18,9 +17,8 @@ from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.records import RoundRecord, StepRecord
 from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, score, summarise
 from distributed_unlearn.rounds.events import OnStep
+from distributed_unlearn.rounds.methods import OuterSolver, build_solver
 from distributed_unlearn.rounds.verdict import judge
-from distributed_unlearn.solvers.methods.first_order import FirstOrder
-from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.stopping import StoppingRule
 from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.messages import RoundSpec
@@ -47,14 +45,6 @@ class RoundTask:
     max_evaluated_records: int | None = None
 
 
-class OuterSolver(Protocol):
-    """Something that takes outer steps."""
-
-    def step(self, step_index: int) -> StepRecord:
-        """Take one step."""
-        ...
-
-
 def scored_sets(task: RoundTask) -> dict[str, np.ndarray]:
     """The records that are scored before and after the round, by set; samples of sets larger than the task's limit."""
     sets = {"forget": task.forget, "retain": task.retain, "holdout": task.holdout}
@@ -76,28 +66,6 @@ def score_start(workers: Workers, tasks: Sequence[RoundTask]) -> Scores:
     """Scores of every record that any of a job's rounds scores, at the start of the job."""
     wanted = np.concatenate([indices for task in tasks for indices in scored_sets(task).values()])
     return score(workers, wanted, 2 * tasks[0].curvature.micro_batch_size)
-
-
-def _solver(oracle: RemoteOracle, config: SolverConfig) -> OuterSolver:
-    if config.method != "scurenewton":
-        return FirstOrder(oracle, config.learning_rate)
-    settings = SCureNewtonSettings(
-        inner=config.inner,
-        max_krylov_steps=config.max_krylov_steps,
-        krylov_tolerance=config.krylov_tolerance,
-        inner_steps=config.inner_steps,
-        inner_learning_rate=config.inner_learning_rate,
-        perturbation=config.perturbation,
-        cubic_coefficient=config.cubic_coefficient,
-        adaptive=config.adaptive,
-        adaptation=config.adaptation,
-        acceptance_threshold=config.acceptance_threshold,
-        very_good_threshold=config.very_good_threshold,
-        increase_factor=config.increase_factor,
-        decrease_factor=config.decrease_factor,
-        max_rejections=config.max_rejections,
-    )
-    return SCureNewton(oracle, settings)
 
 
 class _Watch:
@@ -122,12 +90,13 @@ class _Watch:
             stop.max_seconds,
         )
 
-    def after(self, step: int) -> tuple[str | None, dict[str, float]]:
-        """Reason to stop after this step, or None; and what was measured."""
+    def after(self, step: int, accepted: bool) -> tuple[str | None, dict[str, float]]:
+        """Reason to stop after this step, or None; and what was measured: nothing where the weights did not change."""
         measured: dict[str, float] = {}
         distance, retain_loss = None, float("nan")
         batch = 2 * self._task.curvature.micro_batch_size
-        if self._holdout_loss is not None and (step + 1) % self._task.solver.stop.check_every_steps:
+        skipped = bool((step + 1) % self._task.solver.stop.check_every_steps)
+        if not accepted or (self._holdout_loss is not None and skipped):
             return self._rule.timeout(step, time.monotonic() - self._started), measured
         if self._holdout_loss is not None:
             losses = score(self._workers, self._task.forget, batch).mean_losses
@@ -151,7 +120,7 @@ def _take_steps(task: RoundTask, solver: OuterSolver, watch: _Watch, on_step: On
                 "finite values",
                 "the weights are as before the step; use float32, a smaller learning rate or a bounded objective",
             )
-        reason, measured = watch.after(index)
+        reason, measured = watch.after(index, record.accepted)
         on_step(record, measured)
         if reason is not None:
             return steps, reason
@@ -193,7 +162,7 @@ def run_round(workers: Workers, task: RoundTask, start: Scores, on_step: OnStep)
     workers.begin_round(spec)
     stepping = time.monotonic()
     watch = _Watch(workers, task, holdout_loss, scores, stepping)
-    steps, reason = _take_steps(task, _solver(RemoteOracle(workers.group), task.solver), watch, on_step)
+    steps, reason = _take_steps(task, build_solver(RemoteOracle(workers.group), task.solver), watch, on_step)
     wall_seconds = time.monotonic() - stepping
     after, now = evaluate_sets(workers, sets, batch)
     return RoundRecord(

@@ -10,6 +10,7 @@ SMALLEST_COEFFICIENT, LARGEST_COEFFICIENT = 1e-8, 1e12
 # estimate itself after good steps met the stopping rule in fewer steps but ended farther from the retrained model.
 _SAFETY = 2.0
 _SMALLEST_INCREASE, _LARGEST_INCREASE = 2.0, 64.0  # per rejection; a rejection must shorten the step noticeably
+_FIRST_MOVE = 64.0  # at most, up or down, at the first accepted trial
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,22 @@ class Adaptation:
     `M /= decrease_factor` after a very good step, else unchanged.
 
     `interpolated`: one trial measures the error of the quadratic model at one point,
-    `e = f(w + y) - f(w) - g'y - 1/2 y'Hy`, and `M_est = 6 e / ||y||^3 = M + 6 (predicted - actual) / ||y||^3` is the
-    coefficient whose cubic model would have met the objective there. After a rejection M becomes `2 M_est`, at least
-    2 and at most 64 times M (`increase_factor` times where the trial was not finite). After an accepted step it
-    becomes the geometric mean of M and `2 M_est`, which averages over minibatches, at least `M / decrease_factor` and
-    at most `M * increase_factor`; so M also rises after a fair step, before anything is rejected. An error that the
-    loss's rounding hides gives no estimate, and then the `factor` rule decides. The idea of using the trial's value
-    is that of Gould, Porcelli, Toint 2012; safety, bounds and averaging are ours.
+    `e = f(w + y) - f(w) - g'y - 1/2 y'Hy`, and `M_est = 6 e / ||y||^3` is the coefficient whose cubic model would have
+    met the objective there. After an accepted step M becomes the geometric mean of M and `2 M_est`, which averages over
+    minibatches, at least `M / decrease_factor` and at most `M * increase_factor`; so M also rises after a fair step,
+    before anything is rejected. Nothing is known of M before the first accepted trial, so there it becomes `2 M_est`
+    itself, within a factor of 64. An error that the loss's rounding hides gives no estimate, and then the `factor` rule
+    decides.
+
+    Which f? M bounds the change of the Hessian, so f, g and H must be of one minibatch. Where the curvature minibatch
+    C is a part of the gradient minibatch B, the trial's own error, `e_B = M_B/6 ||y||^3 + 1/2 y'(H_B - H_C)y`, holds
+    the difference of the two Hessians, which shrinks like `||y||^2`, not `||y||^3`: in short steps it is all that is
+    seen. So accepted steps use `e_C`, measured on C alone (`Trial.remainder`). A rejection is another matter: the next
+    trial must pass the test on B with H_C, and only a larger M can make it, whatever the cause. There M becomes
+    `2 M_est` with the trial's own error, `M_est = M + 6 (predicted - actual) / ||y||^3`, at least 2 and at most 64
+    times M (`increase_factor` times where the trial was not finite); the next accepted steps bring it down again.
+
+    The idea of using the trial's value is that of Gould, Porcelli, Toint 2012; the rest is ours.
     """
 
     rule: Literal["factor", "interpolated"]
@@ -58,6 +68,13 @@ class Adaptation:
             factor = min(max(mean, 1.0 / self.decrease_factor), self.increase_factor)
         return min(max(coefficient * factor, SMALLEST_COEFFICIENT), LARGEST_COEFFICIENT)
 
+    def after_first_trial(self, coefficient: float, estimate: float | None, ratio: float) -> float:
+        """The coefficient after the first accepted trial, which replaces the guess that the round began with."""
+        if estimate is None:
+            return self.after_acceptance(coefficient, None, ratio)
+        factor = min(max(_SAFETY * estimate / coefficient, 1.0 / _FIRST_MOVE), _FIRST_MOVE)
+        return min(max(coefficient * factor, SMALLEST_COEFFICIENT), LARGEST_COEFFICIENT)
+
 
 def estimate_coefficient(
     coefficient: float, predicted: float, actual: float, update_norm: float, resolution: float
@@ -70,3 +87,14 @@ def estimate_coefficient(
     if not math.isfinite(error) or abs(error) <= resolution or cubed == 0.0:
         return None
     return coefficient + 6.0 * error / cubed
+
+
+def model_error(remainder: float, curvature: float, update_norm: float, resolution: float) -> float | None:
+    """`6 (r - 1/2 y'Hy) / ||y||^3` with `r = f(w + y) - f(w) - g'y`, all of one minibatch: the M that its error shows.
+
+    None when it is not finite, or when the error is within `resolution`, the rounding of the loss.
+    """
+    error, cubed = remainder - 0.5 * curvature, update_norm**3
+    if not math.isfinite(error) or abs(error) <= resolution or cubed == 0.0:
+        return None
+    return 6.0 * error / cubed

@@ -17,6 +17,7 @@ import torch
 from distributed_unlearn.solvers.solution import CubicSolution, Result
 
 _EPSILON = torch.finfo(torch.float64).eps
+_LARGEST = 1e90  # powers stay finite below; inner products of float32 vectors end near 1e85
 _MAX_ITERATIONS = 200  # the monotone Newton iteration needs about 5 to 15; bisection alone stays under 200
 
 
@@ -26,8 +27,6 @@ class SecularSolution:
 
     coordinates: torch.Tensor
     """`s`, shape (n,), float64."""
-    shift: float
-    """`t = gamma - max(0, -lambda_min) >= 0`."""
     gamma: float
     alpha: float
     predicted_reduction: float
@@ -41,6 +40,10 @@ def _norm(x: torch.Tensor) -> float:
     if largest == 0.0 or not math.isfinite(largest):
         return largest
     return largest * float(torch.linalg.vector_norm(x / largest))
+
+
+def _usable(x: torch.Tensor) -> bool:
+    return bool((x.abs() <= _LARGEST).all())  # False for NaN
 
 
 def _coordinates(distances: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
@@ -80,6 +83,9 @@ def _secular_root(
         norm, gamma = _norm(s), floor + t
         if norm == 0.0 or hi <= lo:
             return t, iteration, True
+        if gamma == 0.0:  # the lower end underflowed; the root is above it
+            t = hi
+            continue
         phi = 1.0 / norm - 0.5 * coefficient / gamma
         if abs(phi) <= 2.0 * _EPSILON / norm:
             return t, iteration, True
@@ -88,9 +94,10 @@ def _secular_root(
         else:
             hi = t
         weights = torch.where(b == 0.0, torch.zeros_like(b), (s / norm) ** 2 / (distances + t))
-        slope = float(weights.sum()) / norm + 0.5 * coefficient / gamma**2
-        candidate = t - phi / slope
-        if abs(candidate - t) <= 2.0 * _EPSILON * t:
+        squared = gamma**2
+        slope = float(weights.sum()) / norm + (0.5 * coefficient / squared if squared > 0.0 else math.inf)
+        candidate = t - phi / slope if slope < math.inf else lo  # the end makes it bisect
+        if slope < math.inf and abs(candidate - t) <= 2.0 * _EPSILON * t:
             return t, iteration, True
         if not lo < candidate < hi:
             candidate = math.sqrt(lo) * math.sqrt(hi) if lo > 0.0 else 0.5 * hi
@@ -109,14 +116,16 @@ def solve_secular(
     to `||s|| = alpha`; either sign is a global minimiser, ours is positive.
 
     Args:
-        eigenvalues: shape (n,), n >= 1, float64, ascending, finite.
-        rotated_gradient: `b = V'g`, shape (n,), float64, finite.
+        eigenvalues: shape (n,), n >= 1, float64, ascending.
+        rotated_gradient: `b = V'g`, shape (n,), float64.
         cubic_coefficient: `M > 0`.
 
     Returns:
         The global minimiser with `result` successful, hard_case, zero_gradient (`b = 0`, `H >= 0`: `s = 0`) or
-        alpha_search_not_converged.
+        alpha_search_not_converged; nonfinite and zeros where a number is NaN or above 1e90 in size.
     """
+    if not (_usable(eigenvalues) and _usable(rotated_gradient)):
+        return SecularSolution(torch.zeros_like(rotated_gradient), 0.0, 0.0, math.nan, 0, Result.nonfinite)
     floor = max(0.0, -float(eigenvalues[0]))
     b = torch.where(0.5 * cubic_coefficient * rotated_gradient.abs() > 0.0, rotated_gradient, 0.0)  # no underflow below
     distances = eigenvalues + floor if floor == 0.0 else eigenvalues - eigenvalues[0]
@@ -142,7 +151,7 @@ def solve_secular(
     gamma = floor + t
     alpha = 2.0 * gamma / cubic_coefficient
     predicted = 0.5 * float(((distances + t) * s * s).sum()) + gamma * alpha**2 / 6.0
-    return SecularSolution(s, t, gamma, alpha, predicted, iterations, result)
+    return SecularSolution(s, gamma, alpha, predicted, iterations, result)
 
 
 def _failed(n: int) -> CubicSolution:
@@ -152,14 +161,13 @@ def _failed(n: int) -> CubicSolution:
 def _solve(hessian: torch.Tensor, gradient: torch.Tensor, coefficient: float, coupling: float) -> CubicSolution:
     """Shared end of both entries: finiteness, eigendecomposition, secular equation, residual in the given basis."""
     n = gradient.numel()
-    if not (bool(torch.isfinite(hessian).all()) and bool(torch.isfinite(gradient).all()) and math.isfinite(coupling)):
+    if not (_usable(hessian) and _usable(gradient) and abs(coupling) <= _LARGEST):
         return _failed(n)
     eigenvalues, vectors = torch.linalg.eigh(hessian)
-    spread = float(eigenvalues.abs().max())
-    # An eigenvalue that rounding alone may have made negative is zero: a singular positive H is no hard case.
-    rounding = n * _EPSILON * spread
-    eigenvalues = torch.where((eigenvalues < 0.0) & (eigenvalues >= -rounding), 0.0, eigenvalues)
+    eigenvalues = _without_rounding(eigenvalues)
     inner = solve_secular(eigenvalues, vectors.T @ gradient, coefficient)
+    if inner.result is Result.nonfinite:
+        return _failed(n)
     y = vectors @ inner.coordinates
     residual = _norm(gradient + hessian @ y + inner.gamma * y)
     return CubicSolution(
@@ -171,6 +179,45 @@ def _solve(hessian: torch.Tensor, gradient: torch.Tensor, coefficient: float, co
         num_iterations=inner.num_iterations,
         result=inner.result,
         eigenvalues=tuple(eigenvalues.tolist()),
+    )
+
+
+def _without_rounding(eigenvalues: torch.Tensor) -> torch.Tensor:
+    """An eigenvalue that rounding alone may have made negative is zero: a singular positive H is no hard case."""
+    rounding = eigenvalues.numel() * _EPSILON * float(eigenvalues.abs().max())
+    return torch.where((eigenvalues < 0.0) & (eigenvalues >= -rounding), 0.0, eigenvalues)
+
+
+def solve_cubic_spectrum(
+    eigenvalues: torch.Tensor, rotated_gradient: torch.Tensor, cubic_coefficient: float
+) -> CubicSolution:
+    """Minimise the cubic model in the eigenbasis of `H`, which is known: no decomposition, O(n).
+
+    Args:
+        eigenvalues: shape (n,), n >= 1, ascending, float64.
+        rotated_gradient: `V'g`, shape (n,), float64.
+        cubic_coefficient: `M > 0`.
+
+    Returns:
+        The global minimiser with coefficients in the eigenbasis; NaN or more than 1e90 in gives `Result.nonfinite`.
+
+    Raises:
+        ValueError: `M` not positive.
+    """
+    _check_coefficient(cubic_coefficient)
+    if not (_usable(eigenvalues) and _usable(rotated_gradient)):
+        return _failed(eigenvalues.numel())
+    kept = _without_rounding(eigenvalues)
+    inner = solve_secular(kept, rotated_gradient, cubic_coefficient)
+    return CubicSolution(
+        coefficients=tuple(inner.coordinates.tolist()),
+        alpha=inner.alpha,
+        gamma=inner.gamma,
+        predicted_reduction=inner.predicted_reduction,
+        residual_norm=_norm(rotated_gradient + (kept + inner.gamma) * inner.coordinates),
+        num_iterations=inner.num_iterations,
+        result=inner.result,
+        eigenvalues=tuple(kept.tolist()),
     )
 
 
@@ -187,7 +234,7 @@ def solve_cubic_tridiagonal(
         cubic_coefficient: `M > 0`.
 
     Returns:
-        The global minimiser in the Lanczos basis; NaN or infinity in gives `Result.nonfinite` and zeros.
+        The global minimiser in the Lanczos basis; NaN or more than 1e90 in gives `Result.nonfinite` and zeros.
 
     Raises:
         ValueError: lengths that do not fit, or `M` not positive.
@@ -214,7 +261,7 @@ def solve_cubic_dense(hessian: torch.Tensor, gradient: torch.Tensor, cubic_coeff
         cubic_coefficient: `M > 0`.
 
     Returns:
-        The global minimiser; NaN or infinity in gives `Result.nonfinite` and zeros.
+        The global minimiser; NaN or more than 1e90 in gives `Result.nonfinite` and zeros.
 
     Raises:
         ValueError: shapes that do not fit, a matrix that is not symmetric to 1e-6 of its largest entry, or `M` not

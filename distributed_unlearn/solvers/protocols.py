@@ -1,31 +1,19 @@
-"""What a solver may ask of a model: two protocols, one where the vectors live and one where only scalars do.
+"""What a solver may ask of a model, where the vectors live and where only scalars do.
 
-Vectors are 1-D `torch.Tensor`s. On a sharded model each rank holds its own part of every vector; local
-arithmetic (axpy, scaling) needs no communication, inner products do, so inner products are the only thing a
-`VectorSpace` has to provide. `StepOracle` is the same mathematics seen from the driver: vectors stay where
-they are, floats come back.
+`StepObjective` and `WeightShard` are what a rank has, `StepOracle` is the same mathematics seen from the driver:
+vectors stay where they are, floats come back.
+
+An inner solver has two halves in one file of `solvers.inner`: the driver's half looks at floats and decides, the
+shard's half holds vectors and obeys. The oracle passes floats between them and knows neither.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-HessianOperator = Callable[[torch.Tensor], torch.Tensor]
-"""`v -> H v`, both the local part of a parameter vector. All ranks must call it together."""
-
-
-class VectorSpace(Protocol):
-    """Inner products of (possibly sharded) parameter vectors."""
-
-    def dots(self, rows: Sequence[torch.Tensor], x: torch.Tensor) -> list[float]:
-        """`[<row, x> for row in rows]`, summed over all ranks in one reduction. All ranks must call this."""
-        ...
-
-    def random_normal(self, like: torch.Tensor, seed: int) -> torch.Tensor:
-        """Standard normal vector that depends on `seed` alone, never on the number of ranks."""
-        ...
+from distributed_unlearn.solvers.metric import AdamMetric
+from distributed_unlearn.solvers.problem import StepProblem
 
 
 @dataclass(frozen=True)
@@ -36,74 +24,83 @@ class StepStart:
     """Objective, nats per token scale."""
     gradient_norm: float
     """`||g||`, Euclidean."""
+    metric_gradient_norm: float
+    """`sqrt(g'P g)`, the norm of the gradient in the step's metric (see `AdamMetric`); `||g||` without one."""
     terms: dict[str, float]
     """The objective's parts by name, e.g. `retain_loss_nats_per_token`; for logs and stopping rules."""
-
-
-@dataclass(frozen=True)
-class KrylovEntry:
-    """One Lanczos step: column j of the tridiagonal `T = Q'HQ`."""
-
-    diagonal: float
-    """`<q_j, H q_j>`."""
-    off_diagonal: float
-    """`beta_j = ||r_j||` of the residual that gives `q_{j+1}`; 0 when the space is invariant (breakdown)."""
-
-
-@dataclass(frozen=True)
-class InnerDescentEntry:
-    """One inner gradient-descent step on the cubic model; scalars at the iterate *before* the step."""
-
-    update_norm: float
-    """`||Delta||`."""
-    gradient_dot: float
-    """`<g, Delta>` with the unperturbed gradient."""
-    curvature: float
-    """`<Delta, H Delta>`."""
-    residual_norm: float
-    """`||g + H Delta + (M/2) ||Delta|| Delta||`, unperturbed."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """The weights with a tentative update applied."""
 
-    loss: float
-    """Objective on the same gradient minibatch at `w + Delta`; may be NaN or infinite."""
+    loss: float | None
+    """Objective on the same gradient minibatch at `w + Delta`; may be NaN or infinite. None: not measured."""
     update_norm: float
-    """`||Delta||` of the applied vector."""
+    """`||Delta||` of the applied vector, Euclidean."""
+    metric_norm: float
+    """`sqrt(Delta' P^-1 Delta)`, its length in the step's metric; `||Delta||` without one."""
+    remainder: float | None = None
+    """`f(w + Delta) - f(w) - g'Delta` with loss and gradient of the *curvature* minibatch; None: not measured."""
+
+
+class InnerShard(Protocol):
+    """The shard's half of an inner solver, for one step. All ranks must call every method together."""
+
+    def advance(self, *values: float) -> tuple[float, ...]:
+        """Do one unit of work; what goes in and comes out is between the two halves. The same on all ranks."""
+        ...
+
+    def candidate(self, *values: float) -> torch.Tensor:
+        """The local part of the update, in the problem's coordinates; the caller does not change it."""
+        ...
+
+    def accept(self) -> None:
+        """The last candidate was kept: note what later steps need, in the problem's memory."""
+        ...
+
+
+class InnerSpec(Protocol):
+    """What crosses to the shards before a step: a frozen dataclass that makes the shard's half."""
+
+    @property
+    def measures_trials(self) -> bool:
+        """Whether a candidate's loss is measured, so that it may be undone."""
+        ...
+
+    def start(self, problem: StepProblem) -> InnerShard:
+        """The shard's half for one step; no communication."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """How the shards take part in a step."""
+
+    inner: InnerSpec
+    metric: AdamMetric | None = None
+    """None is the Euclidean metric."""
+    measures_remainder: bool = False
+    """Trials also measure `Trial.remainder`, where the curvature minibatch is not the gradient minibatch."""
 
 
 class StepOracle(Protocol):
     """One stochastic step, driven by scalars.
 
-    Order of calls: `begin_step`, then either `extend_krylov` any number of times and `try_krylov`, or
-    `begin_descent`, `descend` and `try_descent`; each `try_*` is followed by exactly one of `accept` or
-    `undo`; after `undo` another `try_*` of the same step is allowed.
+    Order of calls: `begin_step`, then `advance` any number of times and `candidate`; each `candidate` is followed by
+    exactly one of `accept` or `undo`; after `undo` another `advance` or `candidate` of the same step is allowed.
     """
 
-    def begin_step(self, step_index: int) -> StepStart:
+    def begin_step(self, step_index: int, spec: StepSpec) -> StepStart:
         """Draw the minibatches of this step and compute the gradient; forget the previous step's vectors."""
         ...
 
-    def extend_krylov(self) -> KrylovEntry:
-        """One exact product on the curvature minibatch: orthonormal `q_1 = g/||g||, q_2, ...` grows by one."""
+    def advance(self, *values: float) -> tuple[float, ...]:
+        """`InnerShard.advance` of the step's inner solver."""
         ...
 
-    def try_krylov(self, coefficients: Sequence[float]) -> Trial:
-        """Apply `Delta = sum_j coefficients[j] q_j` tentatively and evaluate the objective."""
-        ...
-
-    def begin_descent(self, perturbation: float) -> None:
-        """Set `Delta = 0`, `g~ = g + perturbation ||g|| zeta/||zeta||` with a fresh standard normal `zeta`."""
-        ...
-
-    def descend(self, cubic_coefficient: float, learning_rate: float) -> InnerDescentEntry:
-        """`Delta <- Delta - eta (g~ + H Delta + (M/2) ||Delta|| Delta)`, one exact product."""
-        ...
-
-    def try_descent(self) -> Trial:
-        """Apply the inner iterate `Delta` tentatively and evaluate the objective."""
+    def candidate(self, *values: float) -> Trial:
+        """Apply `InnerShard.candidate` tentatively and evaluate the objective."""
         ...
 
     def undo(self) -> None:
@@ -114,6 +111,69 @@ class StepOracle(Protocol):
         """Keep the tentative update."""
         ...
 
-    def first_order_step(self, step_index: int, learning_rate: float) -> StepStart:
-        """One AdamW or SGD step (the worker holds the optimiser) on the step's minibatch; its loss before it."""
+
+@dataclass(frozen=True)
+class LossAndTerms:
+    """An objective on a whole minibatch, the same on every rank."""
+
+    loss: float
+    terms: dict[str, float]
+    """The objective's parts by name; their sum need not be the loss."""
+
+
+class StepObjective(Protocol):
+    """An objective at the current weights on a step's two minibatches; this rank's part of its vectors.
+
+    Losses are measured on the gradient minibatch, products on the curvature minibatch, which is its head. All ranks
+    must call every method but `draw` and `release`.
+    """
+
+    @property
+    def has_own_curvature_minibatch(self) -> bool:
+        """False where the curvature minibatch is the whole gradient minibatch."""
+        ...
+
+    def draw(self, step_index: int) -> None:
+        """Draw the minibatches of this step."""
+        ...
+
+    def gradient(self, gradient: torch.Tensor, exact_loss: bool) -> LossAndTerms:
+        """Add the gradient to `gradient`; with `exact_loss` the loss is as exact as that of `loss`."""
+        ...
+
+    def product(self, vector: torch.Tensor) -> torch.Tensor:
+        """`H v` (or `G v`), a new vector."""
+        ...
+
+    def product_and_gradient(self, vector: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The step's first product; also adds the curvature minibatch's gradient and returns its exact loss."""
+        ...
+
+    def loss(self) -> float:
+        """The exact loss on the gradient minibatch."""
+        ...
+
+    def curvature_loss(self) -> float:
+        """The exact loss on the curvature minibatch."""
+        ...
+
+    def release(self) -> None:
+        """Drop what products keep between calls."""
+        ...
+
+
+class WeightShard(Protocol):
+    """This rank's weights."""
+
+    @property
+    def master(self) -> torch.Tensor:
+        """The weights that updates are added to; changed in place."""
+        ...
+
+    def set_master(self, master: torch.Tensor) -> None:
+        """Overwrite them. All ranks must call this."""
+        ...
+
+    def refresh(self) -> None:
+        """Make a change of `master` visible to the objective. All ranks must call this."""
         ...

@@ -35,6 +35,15 @@ class Result(enum.Enum):
         "The inner gradient descent did not decrease the cubic model, so its iterate was not tried and the weights are "
         "unchanged. Lower inner_learning_rate below 1 / (largest curvature of the objective), or use the krylov solver."
     )
+    negative_curvature = (
+        "The system of the Newton step is not positive definite, so its solution is no minimiser of the quadratic "
+        "model and may climb; it was taken all the same, as the method says. Raise solver.damping above the size of "
+        "the most negative curvature, or use scurenewton or curenewton, whose model is bounded below."
+    )
+    max_cg_steps = (
+        "Conjugate gradients used up max_cg_steps with the residual above cg_tolerance; the step is the last iterate. "
+        "Raise solver.damping, max_cg_steps or cg_tolerance to get `successful`."
+    )
     alpha_search_not_converged = (
         "The search for alpha used up its iterations, which no finite, symmetric problem should cause; the best "
         "bracketed value was used. Look at residual, and report the problem."

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from command_line import Outcome, assert_refused, call, succeed
-from tiny_job import TinyJob
+from tiny_job import TinyJob, first_order
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -41,7 +41,7 @@ def test_every_objective_takes_a_cubic_step(objective, sign, tiny: TinyJob, tmp_
 
 
 def test_methods_without_curvature_say_so(tiny: TinyJob, tmp_path, capsys):
-    overrides = ("solver.method=adamw", "solver.learning_rate=1e-3", "objective.name=retain")
+    overrides = (first_order("adamw", 1e-3), "objective.name=retain")
     record, step, outcome = _one_step(tiny, capsys, tmp_path / "out", *overrides)
     assert (step["alpha"], step["cubic_coefficient"], step["num_products"]) == (None, None, 0)
     assert record["curvature_mode"] == {"cached": None, "cached_gib": 0.0}
@@ -52,8 +52,7 @@ def test_methods_without_curvature_say_so(tiny: TinyJob, tmp_path, capsys):
 
 
 def test_sgd_moves_by_rate_times_gradient(tiny: TinyJob, tmp_path, capsys):
-    overrides = ("solver.method=sgd", "solver.learning_rate=1e-3")
-    record, step, _ = _one_step(tiny, capsys, tmp_path / "out", *overrides)
+    record, step, _ = _one_step(tiny, capsys, tmp_path / "out", first_order("sgd", 1e-3))
     assert record["rounds"][0]["update_norm"] == pytest.approx(1e-3 * step["gradient_norm"], rel=1e-4)
 
 

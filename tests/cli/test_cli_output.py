@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import assert_refused, call, succeed
 from safetensors.torch import load_file, save_file
-from tiny_job import TinyJob, save_model
+from tiny_job import TinyJob, first_order, save_model
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -38,8 +38,7 @@ def test_weights_with_nan_are_refused(tiny: TinyJob, tmp_path, capsys):
 @pytest.mark.parametrize("max_steps", [1, 3], ids=["found_at_the_end", "found_in_a_step"])
 def test_numbers_that_explode_are_refused(max_steps, tiny: TinyJob, tmp_path, capsys):
     # Of the whole model such a step leaves finite nonsense: the norms divide it away.
-    parts = ('model.trainable=["*.mlp.*"]', "solver.method=sgd", "solver.learning_rate=1e36")
-    overrides = (*parts, f"solver.max_steps={max_steps}")
+    overrides = ('model.trainable=["*.mlp.*"]', first_order("sgd", 1e36, max_steps))
     outcome = call(capsys, tiny.run(tmp_path / "out", *overrides))
     assert_refused(outcome, 7, "numerics", *(["at step 1 of round 1"] if max_steps == 3 else []))
     _assert_no_result(tmp_path / "out")
@@ -48,17 +47,19 @@ def test_numbers_that_explode_are_refused(max_steps, tiny: TinyJob, tmp_path, ca
 
 
 def test_a_gradient_that_is_nan_is_refused_before_the_weights_change(tiny: TinyJob, tmp_path, capsys, monkeypatch):
+    from distributed_unlearn.engine.minibatch import MinibatchObjective
     from distributed_unlearn.engine.oracle import ShardedOracle
 
     changed = []
-    compute = ShardedOracle._compute_gradient
+    compute = MinibatchObjective.gradient
 
-    def spoil(self):
-        start = compute(self)
-        return type(start)(start.loss, float("nan"), start.terms)
+    def spoil(self, gradient, **settings):
+        found = compute(self, gradient, **settings)
+        gradient[0] = float("nan")
+        return found
 
-    monkeypatch.setattr(ShardedOracle, "_compute_gradient", spoil)
-    monkeypatch.setattr(ShardedOracle, "_try", lambda self, update: changed.append(1))
+    monkeypatch.setattr(MinibatchObjective, "gradient", spoil)
+    monkeypatch.setattr(ShardedOracle, "candidate", lambda self, *values: changed.append(1))
     outcome = call(capsys, tiny.run(tmp_path / "out"))
     assert_refused(outcome, 7, "numerics", "gradient norm nan at step 0 of round 1")
     assert changed == []
@@ -144,7 +145,7 @@ def bfloat16_model(tiny: TinyJob, tmp_path_factory) -> Path:
 def test_rounding_to_bfloat16_is_warned_of(bfloat16_model: Path, tiny: TinyJob, tmp_path, capsys):
     """An update that the checkpoint's own dtype cannot hold: the files stay as they were, and we say so."""
     output = tmp_path / "out"
-    tiny_step = ("solver.method=sgd", "solver.learning_rate=1e-7", "solver.max_steps=1", "save.fp32_master=true")
+    tiny_step = (first_order("sgd", 1e-7), "save.fp32_master=true")
     outcome = succeed(capsys, tiny.run(output, f"model.path={bfloat16_model}", *tiny_step))
     assert "NOT IN THE FILES" in outcome.out and "bfloat16" in outcome.out and "save.dtype=float32" in outcome.out
     surviving = _record(output)["surviving_update"]
@@ -162,7 +163,7 @@ def test_rounding_to_bfloat16_is_warned_of(bfloat16_model: Path, tiny: TinyJob, 
 
 
 def test_no_warning_where_the_update_survives(bfloat16_model: Path, tiny: TinyJob, tmp_path, capsys):
-    tiny_step = ("solver.method=sgd", "solver.learning_rate=1e-7", "solver.max_steps=1", "save.dtype=float32")
+    tiny_step = (first_order("sgd", 1e-7), "save.dtype=float32")
     outcome = succeed(capsys, tiny.run(tmp_path / "out", f"model.path={bfloat16_model}", *tiny_step))
     assert "NOT IN THE FILES" not in outcome.out
     surviving = _record(tmp_path / "out")["surviving_update"]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig, TrainConfig
+from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SCureNewtonConfig, TrainConfig
 from distributed_unlearn.curvature.layout import FlatLayout
 from distributed_unlearn.curvature.precision import LiftFloat32Casts
 from distributed_unlearn.curvature.reference import double_backward, frozen_rows
@@ -20,7 +20,9 @@ from distributed_unlearn.engine.inputs import Minibatch, minibatch_totals
 from distributed_unlearn.engine.oracle import RoundSpec
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.objectives.predictions import Predictions
+from distributed_unlearn.solvers.inner.krylov import KrylovEntry, KrylovSpec
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
+from distributed_unlearn.solvers.protocols import StepSpec
 from tests.dense import FreeEntries
 from tests.engine.checkpoints import FORGET, RETAIN
 from tests.solvers.memory_oracle import MemoryOracle
@@ -29,6 +31,7 @@ HOLDOUT_LOSS = 5.5
 KRYLOV_STEPS = 3
 VECTOR_SEED = 11
 REFERENCE_NLL = {int(index): 20.0 + index for index in FORGET}
+KRYLOV = StepSpec(KrylovSpec())
 SETTINGS = SCureNewtonSettings(max_krylov_steps=KRYLOV_STEPS, cubic_coefficient=1.0)
 
 # 9 records in micro-batches of 2: of two ranks the first has an empty third one.
@@ -92,7 +95,7 @@ def round_spec(problem: Problem, micro_batch_size: int = 4, mode: str = "recompu
         forget=FORGET,
         retain=RETAIN,
         objective=ObjectiveConfig(name=problem.objective),
-        solver=SolverConfig(
+        solver=SCureNewtonConfig(
             gradient_batch=problem.gradient_batch,
             curvature_batch=problem.curvature_batch,
             max_krylov_steps=KRYLOV_STEPS,
@@ -185,8 +188,8 @@ def compute_truth(folder: Path, corpus: EncodedCorpus, problem: Problem, vector:
             return MemoryOracle(lambda w, step: bound[0](w), entries.point, lambda w, step: bound[1](w))
 
         oracle = make_oracle()
-        oracle.begin_step(0)
-        columns = [oracle.extend_krylov() for _ in range(KRYLOV_STEPS)]
+        oracle.begin_step(0, KRYLOV)
+        columns = [KrylovEntry(*oracle.advance()) for _ in range(KRYLOV_STEPS)]
         oracle = make_oracle()
         record = SCureNewton(oracle, SETTINGS).step(0)
     return Truth(

@@ -21,11 +21,15 @@ from distributed_unlearn.engine.inputs import local_micro_batches
 from distributed_unlearn.engine.worker import Worker
 from distributed_unlearn.errors import UserError
 from distributed_unlearn.objectives.build import build_objective
+from distributed_unlearn.solvers.inner.descent import DescentSpec, InnerDescentEntry
+from distributed_unlearn.solvers.inner.krylov import KrylovEntry
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton
+from distributed_unlearn.solvers.protocols import StepSpec
 from distributed_unlearn.workers.messages import TrainingSpec
 from distributed_unlearn.workers.remote_oracle import RemoteOracle
 from tests.engine.cases import (
     HOLDOUT_LOSS,
+    KRYLOV,
     KRYLOV_STEPS,
     REFERENCE_NLL,
     SETTINGS,
@@ -96,8 +100,8 @@ def measure(worker: Worker, plan: Plan, case: Case, with_step: bool) -> dict[str
     found = {"layout": opened.layout, "vector": vector, "loss": loss, "gradient": gradient, "hvp": hvp}
     worker.begin_round(round_spec(case.problem, case.micro_batch_size, case.mode))
     oracle = RemoteOracle(OwnWorker(worker))  # type: ignore[arg-type]
-    found["start"] = oracle.begin_step(0)
-    found["columns"] = [oracle.extend_krylov() for _ in range(KRYLOV_STEPS)]
+    found["start"] = oracle.begin_step(0, KRYLOV)
+    found["columns"] = [KrylovEntry(*oracle.advance()) for _ in range(KRYLOV_STEPS)]
     if with_step:
         before = opened.weights.master.clone()
         found["record"] = SCureNewton(oracle, SETTINGS).step(0)
@@ -195,21 +199,21 @@ def whole_round(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
     found: dict[str, Any] = {"layout": opened.layout, "facts": worker.opened.facts()}
     worker.begin_round(round_spec(Problem()))
     before = opened.weights.master.clone()
-    worker.oracle_call("begin_step", 0)
-    worker.oracle_call("extend_krylov")
-    trial = worker.oracle_call("try_krylov", (-0.3,))
+    oracle = RemoteOracle(OwnWorker(worker))  # type: ignore[arg-type]
+    oracle.begin_step(0, KRYLOV)
+    oracle.advance()
+    trial = oracle.candidate(-0.3)
     found["tried"] = (trial, opened.weights.master - before, whole_weights(worker))
     found["master while tried"] = opened.weights.master.clone()
-    worker.oracle_call("undo")
+    oracle.undo()
     found["undone"] = torch.equal(opened.weights.master, before), whole_weights(worker)
-    found["loss after undo"] = worker.oracle_call("try_krylov", (0.0,)).loss
-    worker.oracle_call("accept")
-    found["start"] = worker.oracle_call("begin_step", 0)
-    worker.oracle_call("begin_step", 2)
-    worker.oracle_call("begin_descent", 1e-1)
-    found["descent"] = [worker.oracle_call("descend", 1.0, 1e-2) for _ in range(3)]
-    found["descent trial"] = worker.oracle_call("try_descent")
-    worker.oracle_call("undo")
+    found["loss after undo"] = oracle.candidate(0.0).loss
+    oracle.accept()
+    found["start"] = oracle.begin_step(0, KRYLOV)
+    oracle.begin_step(2, StepSpec(DescentSpec(1e-1)))
+    found["descent"] = [InnerDescentEntry(*oracle.advance(1.0, 1e-2)) for _ in range(3)]
+    found["descent trial"] = oracle.candidate()
+    oracle.undo()
     worker.restore_initial()
     found["restored"] = torch.equal(opened.weights.master, before), worker.round_update_norm()
     return found
@@ -230,10 +234,11 @@ def half_precision(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
         "forward": whole_weights(worker),
     }
     worker.begin_round(round_spec(Problem()))
-    start = worker.oracle_call("begin_step", 0)
-    entry = worker.oracle_call("extend_krylov")
-    worker.oracle_call("try_krylov", (-0.3,))
-    worker.oracle_call("undo")
+    oracle = RemoteOracle(OwnWorker(worker))  # type: ignore[arg-type]
+    start = oracle.begin_step(0, KRYLOV)
+    entry = oracle.advance()
+    oracle.candidate(-0.3)
+    oracle.undo()
     undone = torch.equal(opened.weights.master, found["master"]), whole_weights(worker)
     return {**found, "start": start, "entry": entry, "undone": undone}
 
@@ -246,9 +251,9 @@ def chosen_modes(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
         spec = round_spec(Problem(gradient_batch=3, curvature_batch=2))
         curvature = CurvatureConfig(mode="auto", memory_budget_gib=budget, micro_batch_size=4)
         worker.begin_round(dataclasses.replace(spec, curvature=curvature))
-        worker.oracle_call("begin_step", 0)
-        entry = worker.oracle_call("extend_krylov")
-        found[name] = worker.curvature_mode(), entry
+        worker.oracle_call("begin_step", 0, KRYLOV)
+        entry = worker.oracle_call("advance")
+        found[name] = worker.curvature_mode(), KrylovEntry(*entry)
     return found
 
 

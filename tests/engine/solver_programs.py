@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from distributed_unlearn.config import ModelConfig, SaveConfig
+from distributed_unlearn.config import AdamWConfig, ModelConfig, SaveConfig, SgdConfig
 from distributed_unlearn.engine.worker import Worker
+from distributed_unlearn.solvers.inner.first_order import AdamWSpec, SgdSpec
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton
+from distributed_unlearn.solvers.protocols import StepSpec
 from distributed_unlearn.workers.remote_oracle import RemoteOracle
 from tests.engine.cases import DECAY, RATES, SETTINGS, Plan, Problem, round_spec
 
@@ -31,9 +33,15 @@ def first_order(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
     for method, rates in RATES.items():
         worker.open_model(ModelConfig(path=str(plan.folder / "llama")), "float32", stage)
         spec = round_spec(Problem("llama"))
-        solver = spec.solver.model_copy(update={"method": method, "weight_decay": DECAY})
+        kind = {"adamw": AdamWConfig, "sgd": SgdConfig}[method]
+        solver = kind(method=method, gradient_batch=spec.solver.gradient_batch)
         worker.begin_round(dataclasses.replace(spec, solver=solver))
-        starts = [worker.oracle_call("first_order_step", step, rate) for step, rate in enumerate(rates)]
+        optimizer = {"adamw": AdamWSpec, "sgd": SgdSpec}[method](weight_decay=DECAY)
+        oracle, starts = RemoteOracle(OwnWorker(worker)), []  # type: ignore[arg-type]
+        for step, rate in enumerate(rates):
+            starts.append(oracle.begin_step(step, StepSpec(optimizer)))
+            oracle.candidate(rate)
+            oracle.accept()
         weights = worker.opened.weights.master.clone()
         found[method] = {"starts": starts, "weights": weights, "layout": worker.opened.layout}
     return found

@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from distributed_unlearn.solvers.inner.descent import InnerDescent
-from distributed_unlearn.solvers.inner.lanczos import LanczosBasis
-from distributed_unlearn.solvers.protocols import InnerDescentEntry, KrylovEntry, StepStart, Trial
+from distributed_unlearn.solvers.oracle import VectorOracle
+from distributed_unlearn.solvers.protocols import LossAndTerms, StepSpec, StepStart, Trial
 
 Objective = Callable[[torch.Tensor, int], torch.Tensor]
 """`(weights, step_index) -> scalar`; the step index selects the minibatch."""
@@ -15,8 +14,9 @@ Objective = Callable[[torch.Tensor, int], torch.Tensor]
 class LocalSpace:
     """The vector space of one process; counts its reductions."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_entries: int = 0) -> None:
         self.num_reductions = 0
+        self.num_entries = num_entries
 
     def dots(self, rows: Sequence[torch.Tensor], x: torch.Tensor) -> list[float]:
         self.num_reductions += 1
@@ -26,76 +26,108 @@ class LocalSpace:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
 
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        return x.clone()
 
-class MemoryOracle:
+    def scatter(self, full: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        assert full is not None
+        return full.to(like.dtype)
+
+    def broadcast(self, values: Sequence[float], count: int) -> list[float]:
+        assert len(values) == count
+        return list(values)
+
+
+class FlatWeights:
+    """Weights that need no refreshing."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.master = weights.clone()
+
+    def set_master(self, master: torch.Tensor) -> None:
+        self.master.copy_(master)
+
+    def refresh(self) -> None:
+        pass
+
+
+class PlainObjective:
+    """See StepObjective; derivatives by reverse over reverse."""
+
+    def __init__(self, weights: FlatWeights, objective: Objective, curvature: Objective | None) -> None:
+        self.weights, self.objective, self.curvature = weights, objective, curvature or objective
+        self.has_own_curvature_minibatch = curvature is not None
+        self.num_products = 0
+
+    def draw(self, step_index: int) -> None:
+        self.step_index = step_index
+
+    def _value_and_gradient(self, objective: Objective) -> tuple[float, torch.Tensor]:
+        point = self.weights.master.clone().requires_grad_()
+        loss = objective(point, self.step_index)
+        return float(loss.detach()), torch.autograd.grad(loss, point)[0]
+
+    def gradient(self, gradient: torch.Tensor, exact_loss: bool) -> LossAndTerms:
+        value, found = self._value_and_gradient(self.objective)
+        gradient.add_(found)
+        return LossAndTerms(value, {"loss": value})
+
+    def product(self, vector: torch.Tensor) -> torch.Tensor:
+        self.num_products += 1
+        point = self.weights.master.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.curvature(point, self.step_index), point, create_graph=True)
+        if not gradient.requires_grad:
+            return torch.zeros_like(vector)
+        return torch.autograd.grad(gradient, point, vector)[0]
+
+    def product_and_gradient(self, vector: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, float]:
+        value, found = self._value_and_gradient(self.curvature)
+        gradient.add_(found)
+        return self.product(vector), value
+
+    def _value(self, objective: Objective) -> float:
+        with torch.no_grad():
+            return float(objective(self.weights.master, self.step_index))
+
+    def loss(self) -> float:
+        return self._value(self.objective)
+
+    def curvature_loss(self) -> float:
+        return self._value(self.curvature)
+
+    def release(self) -> None:
+        pass
+
+
+class MemoryOracle(VectorOracle):
     """See StepOracle. `curvature` defaults to the objective itself, i.e. the same minibatch."""
 
     def __init__(self, objective: Objective, weights: torch.Tensor, curvature: Objective | None = None) -> None:
-        self.objective, self.curvature = objective, curvature or objective
-        self.weights = weights.clone()
-        self.space = LocalSpace()
-        self.num_products = self.num_trials = self.num_undone = self.num_accepted = 0
-        self._before: torch.Tensor | None = None
+        flat = FlatWeights(weights)
+        self.plain = PlainObjective(flat, objective, curvature)
+        super().__init__(LocalSpace(weights.numel()), self.plain, flat, 0, lambda: torch.ones_like(weights))
+        self.num_trials = self.num_undone = self.num_accepted = 0
 
-    def _hvp(self, v: torch.Tensor) -> torch.Tensor:
-        self.num_products += 1
-        point = self.weights.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.curvature(point, self.step_index), point, create_graph=True)
-        if not gradient.requires_grad:
-            return torch.zeros_like(v)
-        return torch.autograd.grad(gradient, point, v)[0]
+    @property
+    def weights(self) -> torch.Tensor:
+        return self.plain.weights.master
 
-    def begin_step(self, step_index: int) -> StepStart:
-        assert self._before is None
-        self.step_index = step_index
-        point = self.weights.clone().requires_grad_()
-        loss = self.objective(point, step_index)
-        (self.gradient,) = torch.autograd.grad(loss, point)
-        self._basis: LanczosBasis | None = None
-        self._descent: InnerDescent | None = None
-        value = float(loss.detach())
-        return StepStart(value, float(self.gradient.norm()), {"loss": value})
+    @property
+    def num_products(self) -> int:
+        return self.plain.num_products
 
-    def extend_krylov(self) -> KrylovEntry:
-        if self._basis is None:
-            self._basis = LanczosBasis(self.space, self._hvp, self.gradient)
-        return self._basis.extend()
+    def begin_step(self, step_index: int, spec: StepSpec) -> StepStart:
+        assert not self._tentative
+        return super().begin_step(step_index, spec)
 
-    def _apply(self, update: torch.Tensor) -> Trial:
-        assert self._before is None
-        self._before = self.weights.clone()
-        self.weights = self.weights + update
+    def candidate(self, *values: float) -> Trial:
         self.num_trials += 1
-        with torch.no_grad():
-            return Trial(float(self.objective(self.weights, self.step_index)), float(update.norm()))
-
-    def try_krylov(self, coefficients: Sequence[float]) -> Trial:
-        assert self._basis is not None
-        return self._apply(self._basis.combine(coefficients))
-
-    def begin_descent(self, perturbation: float) -> None:
-        assert self._before is None
-        self._descent = InnerDescent(self.space, self._hvp, self.gradient, perturbation, self.step_index)
-
-    def descend(self, cubic_coefficient: float, learning_rate: float) -> InnerDescentEntry:
-        assert self._descent is not None
-        return self._descent.descend(cubic_coefficient, learning_rate)
-
-    def try_descent(self) -> Trial:
-        assert self._descent is not None
-        return self._apply(self._descent.update)
+        return super().candidate(*values)
 
     def undo(self) -> None:
-        assert self._before is not None
-        self.weights, self._before = self._before, None
+        super().undo()
         self.num_undone += 1
 
     def accept(self) -> None:
-        assert self._before is not None
-        self._before = None
+        super().accept()
         self.num_accepted += 1
-
-    def first_order_step(self, step_index: int, learning_rate: float) -> StepStart:
-        start = self.begin_step(step_index)
-        self.weights = self.weights - learning_rate * self.gradient
-        return start

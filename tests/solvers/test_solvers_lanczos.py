@@ -9,7 +9,7 @@ from memory_oracle import LocalSpace
 
 from distributed_unlearn.solvers.cubic import solve_cubic_dense, solve_cubic_tridiagonal
 from distributed_unlearn.solvers.inner.descent import InnerDescent
-from distributed_unlearn.solvers.inner.lanczos import LanczosBasis
+from distributed_unlearn.solvers.inner.krylov import LanczosBasis
 
 
 def symmetric(n: int, seed: int = 0) -> torch.Tensor:

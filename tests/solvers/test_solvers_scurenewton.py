@@ -11,9 +11,10 @@ from memory_oracle import MemoryOracle
 from distributed_unlearn.records import StepRecord
 from distributed_unlearn.solvers.adaptation import Adaptation, estimate_coefficient
 from distributed_unlearn.solvers.cubic import solve_cubic_dense
+from distributed_unlearn.solvers.inner.first_order import SgdSpec
 from distributed_unlearn.solvers.methods.first_order import FirstOrder
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
-from distributed_unlearn.solvers.protocols import KrylovEntry, Trial
+from distributed_unlearn.solvers.protocols import Trial
 from distributed_unlearn.solvers.solution import Result
 
 CURVATURES = torch.tensor([-1.0, 0.5, 2.0, 3.0], dtype=torch.float64)
@@ -96,13 +97,13 @@ def test_factor_rule_sequence() -> None:
     oracle = MemoryOracle(quadratic, ORIGIN)
     losses = iter([math.nan, 100.0, None, None])  # two bad trials, then true ones
 
-    original = oracle.try_krylov
+    original = oracle.candidate
 
-    def scripted(coefficients: list[float]) -> Trial:
-        trial, loss = original(coefficients), next(losses)
-        return trial if loss is None else Trial(loss, trial.update_norm)
+    def scripted(*coefficients: float) -> Trial:
+        trial, loss = original(*coefficients), next(losses)
+        return trial if loss is None else dataclasses.replace(trial, loss=loss)
 
-    oracle.try_krylov = scripted  # type: ignore[method-assign]
+    oracle.candidate = scripted  # type: ignore[method-assign]
     solver = newton(oracle, adaptation="factor", cubic_coefficient=3.0, max_krylov_steps=2)
     record = solver.step(0)
     assert record.num_rejections == 2 and record.cubic_coefficient == 3.0 * 16
@@ -148,13 +149,12 @@ def test_interpolated_rule_meets_a_cubic_objective() -> None:
 @pytest.mark.parametrize("inner", ["krylov", "gradient_descent"])
 def test_rejections_run_out(inner: str) -> None:
     oracle = MemoryOracle(quadratic, ORIGIN)
-    for name in ("try_krylov", "try_descent"):
-        original = getattr(oracle, name)
-        setattr(oracle, name, lambda *args, original=original: dataclasses.replace(original(*args), loss=1e9))
+    original = oracle.candidate
+    oracle.candidate = lambda *args: dataclasses.replace(original(*args), loss=1e9)  # type: ignore[method-assign]
     solver = newton(oracle, inner=inner, max_rejections=3, inner_steps=2, inner_learning_rate=1e-3)
     record = solver.step(0)
     assert not record.accepted and record.result == "rejected" and record.num_rejections == 4
-    assert record.update_norm == 0.0 and torch.equal(oracle.weights, ORIGIN)
+    assert record.update_norm is None and torch.equal(oracle.weights, ORIGIN)
     assert solver.cubic_coefficient == 1600.0  # increase_factor^2, however large M became within the step
     assert record.num_products == oracle.num_products
     assert oracle.num_products == (8 if inner == "gradient_descent" else 2) and oracle.num_trials == 4
@@ -164,8 +164,8 @@ def test_rejections_run_out(inner: str) -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_nonfinite_trial_is_undone(adaptive: bool, loss: float) -> None:
     oracle = MemoryOracle(quadratic, ORIGIN)
-    original = oracle.try_krylov
-    oracle.try_krylov = lambda c: Trial(loss, original(c).update_norm)  # type: ignore[method-assign]
+    original = oracle.candidate
+    oracle.candidate = lambda *c: dataclasses.replace(original(*c), loss=loss)  # type: ignore[method-assign]
     record = newton(oracle, adaptive=adaptive, max_rejections=2).step(0)
     assert record.result == "nonfinite" and not record.accepted and torch.equal(oracle.weights, ORIGIN)
     assert record.num_rejections == (3 if adaptive else 1)
@@ -190,7 +190,7 @@ def test_zero_and_nonfinite_gradient_take_no_step() -> None:
 
 def test_nonfinite_product_takes_no_step() -> None:
     oracle = MemoryOracle(quadratic, ORIGIN)
-    oracle.extend_krylov = lambda: KrylovEntry(math.nan, math.nan)  # type: ignore[method-assign]
+    oracle.advance = lambda: (math.nan, math.nan)  # type: ignore[method-assign]
     record = newton(oracle).step(0)
     assert record.result == "nonfinite" and oracle.num_trials == 0 and record.predicted_reduction is None
 
@@ -258,14 +258,27 @@ def test_gradient_descent_predicts_the_update_it_tries() -> None:
     assert record.num_products == 3 and record.num_krylov_steps == 0 and record.smallest_ritz_value is None
 
 
-def test_diverging_inner_descent_is_not_tried() -> None:
+def test_diverging_inner_descent_shrinks_its_rate_and_goes_on() -> None:
+    """eta = 0.05 is 250 times what curvature 1e4 allows: four divisions by 4 are enough, and later steps keep them."""
     settings = {"inner": "gradient_descent", "inner_steps": 4, "inner_learning_rate": 0.05, "cubic_coefficient": 1e-4}
     oracle = MemoryOracle(lambda w, step: 5e3 * (w * w).sum(), ORIGIN)
-    record = newton(oracle, **settings).step(0)
-    assert record.result == "inner_not_descending" and record.predicted_reduction < 0.0
-    assert oracle.num_trials == 0 and torch.equal(oracle.weights, ORIGIN)
+    solver = newton(oracle, **settings)
+    first, second = solver.step(0), solver.step(1)
+    assert first.accepted and first.predicted_reduction > 0.0 and first.num_products == oracle.num_products - 4
+    assert solver.state_dict()["inner_learning_rate"] == pytest.approx(0.05 / 4**4)
+    assert second.accepted and second.num_products == 4
     paper = newton(MemoryOracle(lambda w, step: 5e3 * (w * w).sum(), ORIGIN), adaptive=False, **settings).step(0)
     assert paper.accepted and paper.actual_reduction < 0.0  # the fixed rule measures and keeps everything
+
+
+def test_an_inner_descent_that_nothing_helps_is_not_tried() -> None:
+    oracle = MemoryOracle(quadratic, ORIGIN)
+    advance = oracle.advance
+    oracle.advance = lambda *v: (1.0, 1.0, 1.0, 1.0) if advance(*v) else ()  # type: ignore[method-assign]
+    record = newton(oracle, inner="gradient_descent", inner_steps=1).step(0)
+    assert record.result == "inner_not_descending" and not record.accepted and oracle.num_trials == 0
+    assert record.num_products == oracle.num_products == 9  # once, and once for each of 8 smaller rates
+    assert record.update_norm is None and torch.equal(oracle.weights, ORIGIN)
 
 
 def test_inner_rate_is_limited_when_m_grows() -> None:
@@ -286,8 +299,10 @@ def test_no_estimate_below_the_rounding_of_the_loss() -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"max_krylov_steps=0, cubic_coefficient=-1.0"):
-        SCureNewtonSettings(max_krylov_steps=0, cubic_coefficient=-1.0)
+    with pytest.raises(ValueError, match=r"max_krylov_steps=0, subspace_steps=-1"):
+        SCureNewtonSettings(max_krylov_steps=0, subspace_steps=-1)
+    with pytest.raises(ValueError, match=r"cubic_coefficient=-1.0, decrease_factor=0.5"):
+        SCureNewtonSettings(cubic_coefficient=-1.0, decrease_factor=0.5)
     with pytest.raises(ValueError, match="very_good_threshold"):
         SCureNewtonSettings(acceptance_threshold=0.5, very_good_threshold=0.4)
 
@@ -299,13 +314,14 @@ def test_results_of_records_are_members() -> None:
 
 def test_first_order_step() -> None:
     oracle = MemoryOracle(quadratic, ORIGIN)
-    record = FirstOrder(oracle, 0.1).step(4)
+    record = FirstOrder(oracle, SgdSpec(0.0), 0.1).step(4)
     gradient = CURVATURES * ORIGIN + torch.tensor([1.0, 2.0, -1.0, 0.5])
     assert torch.allclose(oracle.weights, ORIGIN - 0.1 * gradient)
     assert record.step == 4 and record.result == "successful" and record.accepted
     assert record.alpha is record.gamma is record.cubic_coefficient is record.residual is None
     assert record.gradient_norm == pytest.approx(float(gradient.norm())) and record.num_products == 0
+    assert record.update_norm == pytest.approx(0.1 * record.gradient_norm)
     with pytest.raises(ValueError, match="learning_rate"):
-        FirstOrder(oracle, 0.0)
-    broken = FirstOrder(MemoryOracle(lambda w, step: (w * math.nan).sum(), ORIGIN), 0.1).step(0)
+        FirstOrder(oracle, SgdSpec(0.0), 0.0)
+    broken = FirstOrder(MemoryOracle(lambda w, step: (w * math.nan).sum(), ORIGIN), SgdSpec(0.0), 0.1).step(0)
     assert broken.result == "nonfinite" and not broken.accepted
