@@ -12,7 +12,7 @@ from distributed_unlearn.solvers.protocols import StepSpec
 from distributed_unlearn.workers.remote_oracle import RemoteOracle
 from tests.engine.cases import DECAY, RATES, SETTINGS, Plan, Problem, round_spec
 
-TINY_STEPS = dataclasses.replace(SETTINGS, max_krylov_steps=2, cubic_coefficient=1e6)
+TINY_STEPS = dataclasses.replace(SETTINGS, max_krylov_steps=2, cubic_coefficient=1e6, adaptation="factor")
 
 
 class OwnWorker:
