@@ -23,8 +23,9 @@ class ShardedOracle(VectorOracle):
 
     @property
     def cached(self) -> bool | None:
-        """Whether products keep their graphs; None before the first gradient."""
-        return None if self._minibatch.memory is None else self._minibatch.memory.cached
+        """Whether products keep their graphs; None before the first gradient and where there are no products."""
+        memory = self._minibatch.memory
+        return None if memory is None or memory.product_group == 0 else memory.cached
 
     @property
     def cached_bytes(self) -> int:
