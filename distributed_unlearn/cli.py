@@ -1,8 +1,9 @@
-"""The command line: `distributed-unlearn run | demo | plan | check curvature`.
+"""The command line: `distributed-unlearn run | demo | plan | check curvature | request | verify | key`.
 
 Exit codes: 0 done; 1 a bug of ours (with traceback); 2 wrong usage; 3 configuration; 4 data; 5 model;
 6 resources; 7 numerics; 8 a worker failed; 9 a check failed; 10 done and written, but what was measured is not that
-everything is forgotten and the rest kept (0 with `run --allow-incomplete`); 130 interrupted; 143 terminated.
+everything is forgotten and the rest kept (0 with `run --allow-incomplete`); 11 the ledger; 12 a request; 13 the lease
+is another's; 14 a gate rolled the round back; 130 interrupted; 143 terminated.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from distributed_unlearn.commands.service_arguments import SERVICE_COMMANDS, add_service_commands, run_service_command
 from distributed_unlearn.config import ClusterConfig, load_job, parse_cluster
 from distributed_unlearn.errors import ConfigError, UserError, WorkerError
 from distributed_unlearn.version import __version__
@@ -55,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
             )
     _add_demo(commands)
     _add_check(commands)
+    add_service_commands(commands)
     return parser
 
 
@@ -103,6 +106,8 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
 
             if not run_command(job, console) and not arguments.allow_incomplete:
                 return INCOMPLETE
+    elif arguments.command in SERVICE_COMMANDS:
+        run_service_command(arguments, console)
     elif arguments.command == "demo":
         from distributed_unlearn.demo.run import run_demo
         from distributed_unlearn.demo.settings import demo_settings

@@ -71,22 +71,22 @@ class CheckFailedError(UserError):
 class LedgerError(UserError):
     """The ledger cannot be opened, read or written: missing, damaged, newer than this program, disk full, locked."""
 
-    exit_code, kind = 10, "ledger"
+    exit_code, kind = 11, "ledger"
 
 
 class RequestError(UserError):
     """An erasure request is malformed or unknown, or the table of transitions refuses what was asked of it."""
 
-    exit_code, kind = 11, "request"
+    exit_code, kind = 12, "request"
 
 
 class LeaseError(UserError):
     """Another process holds the ledger's lease, or took it over while this one was paused; nothing was written."""
 
-    exit_code, kind = 12, "lease"
+    exit_code, kind = 13, "lease"
 
 
 class GateError(UserError):
     """A round ran, failed a gate and was rolled back; its requests are pending again."""
 
-    exit_code, kind = 13, "gate"
+    exit_code, kind = 14, "gate"

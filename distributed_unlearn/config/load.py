@@ -64,7 +64,8 @@ def _unknown(kind: str, place: list[str]) -> str:
     return f"; it belongs to solver.method {', '.join(methods)}" if methods else "; this key does not exist"
 
 
-def _refusal(error: ValidationError, source: str, root: str) -> ConfigError:
+def refusal(error: ValidationError, source: str, root: str) -> ConfigError:
+    """Every complaint of a validation as one error, with the dotted keys and without the values."""
     complaints = []
     for item in error.errors(include_url=False, include_input=False):
         place = [str(part) for part in item["loc"]]
@@ -87,7 +88,7 @@ def parse_job(tree: dict[str, Any], source: str) -> JobConfig:
     try:
         return JobConfig.model_validate(tree)
     except ValidationError as error:
-        raise _refusal(error, source, "job") from error
+        raise refusal(error, source, "job") from error
 
 
 def parse_cluster(tree: dict[str, Any]) -> ClusterConfig:
@@ -99,7 +100,32 @@ def parse_cluster(tree: dict[str, Any]) -> ClusterConfig:
     try:
         return ClusterConfig.model_validate(tree)
     except ValidationError as error:
-        raise _refusal(error, "the command line", "cluster") from error
+        raise refusal(error, "the command line", "cluster") from error
+
+
+def read_tree(path: Path, overrides: list[str], what: str) -> dict[str, Any]:
+    """The YAML mapping in a file, with `section.key=value` overrides applied.
+
+    Args:
+        path: The file.
+        overrides: See `apply_overrides`.
+        what: Names the kind of file in errors, e.g. `job file`.
+
+    Raises:
+        ConfigError: a file that is missing or cannot be read, or bad YAML.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        got = f"{what} '{path}', which cannot be read ({error.strerror})"
+        raise ConfigError(got, "an existing YAML file", "check the path and its permissions") from error
+    except (yaml.YAMLError, ValueError) as error:
+        got = f"'{path}', which is not YAML ({_problem(error)})"
+        raise ConfigError(got, f"a YAML {what}", "correct the syntax") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"'{path}' without sections", "a YAML mapping", f"see README.md for an example {what}")
+    apply_overrides(tree, overrides)
+    return tree
 
 
 def load_job(path: Path, overrides: list[str]) -> JobConfig:
@@ -108,15 +134,4 @@ def load_job(path: Path, overrides: list[str]) -> JobConfig:
     Raises:
         ConfigError: a file that is missing or cannot be read, bad YAML, or a refused key or value.
     """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        got = f"job file '{path}', which cannot be read ({error.strerror})"
-        raise ConfigError(got, "an existing YAML file", "check the path and its permissions") from error
-    except (yaml.YAMLError, ValueError) as error:
-        got = f"'{path}', which is not YAML ({_problem(error)})"
-        raise ConfigError(got, "a YAML job file", "correct the syntax") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"'{path}' without sections", "a YAML mapping", "see README.md for an example job")
-    apply_overrides(tree, overrides)
-    return parse_job(tree, str(path))
+    return parse_job(read_tree(path, overrides, "job file"), str(path))

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
+from distributed_unlearn.config.service import RequestsConfig
 from distributed_unlearn.errors import RequestError
 from distributed_unlearn.service.canonical import canonical_json, parse_time, sha256, time_text
-from distributed_unlearn.service.ledger import Ledger, Writing
+from distributed_unlearn.service.ledger import Ledger, Writing, name_hash
 from distributed_unlearn.service.states import (
     FINAL_STATES,
     Outcome,
@@ -26,27 +27,9 @@ from distributed_unlearn.service.states import (
 )
 from distributed_unlearn.service.tables import NAMES, REQUESTS, WEBHOOKS
 
-Policy = Literal["default", "california"]
+DuePolicy = Literal["default", "california"]
 Kind = Literal["subject", "record"]
 MAX_ID_LENGTH, MAX_IDS, MAX_EXTERNAL_ID_LENGTH = 500, 100_000, 200
-
-
-@dataclass(frozen=True)
-class DuePolicy:
-    """How long a request may take, how long it may be withdrawn before it is scheduled, and when to warn."""
-
-    days: int = 30
-    """GDPR, article 12(3): one month."""
-    california_days: int = 45
-    """CCPA, 1798.130(a)(2)."""
-    delay_hours: float = 0.0
-    """A request is scheduled no sooner than this after its arrival."""
-    warn_days: int = 7
-    """A request that is due within so many days is warned of."""
-
-    def due(self, received: datetime, policy: Policy) -> datetime:
-        """When a request that was received then is due."""
-        return received + timedelta(days=self.california_days if policy == "california" else self.days)
 
 
 @dataclass(frozen=True)
@@ -56,9 +39,32 @@ class NewRequest:
     subjects: tuple[str, ...] = ()
     record_ids: tuple[str, ...] = ()
     external_id: str | None = None
-    policy: Policy = "default"
+    policy: DuePolicy = "default"
     due: datetime | None = None
     """Sooner or later than the policy's date."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no request can be.
+
+        Raises:
+            RequestError: no ids, too many, or malformed ones. Without the id: what is wrong with it is all one needs.
+        """
+        if not 1 <= len(self.names) <= MAX_IDS:
+            raise RequestError(
+                f"a request with {len(self.names)} ids",
+                f"1 to {MAX_IDS}",
+                "split it into several requests" if self.names else "name subjects or record ids",
+            )
+        for position, (kind, name) in enumerate(self.names):
+            _require_plain(f"the {kind} id number {position + 1}", name, MAX_ID_LENGTH)
+        if self.external_id is not None:
+            _require_plain("an external id", self.external_id, MAX_EXTERNAL_ID_LENGTH)
+
+    @property
+    def names(self) -> tuple[tuple[Kind, str], ...]:
+        """The ids asked for with their kinds, each once."""
+        subjects: list[tuple[Kind, str]] = [("subject", name) for name in dict.fromkeys(self.subjects)]
+        return (*subjects, *(("record", name) for name in dict.fromkeys(self.record_ids)))
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,15 @@ class ErasureRequest:
         return {key: time_text(value) if isinstance(value, datetime) else value for key, value in plain.items()}
 
 
-def add_request(ledger: Ledger, new: NewRequest, policy: DuePolicy, webhook: bool = False) -> ErasureRequest:
+class UnknownRequestError(RequestError):
+    """No request has this number."""
+
+
+class ConflictError(RequestError):
+    """An external id that names another request already."""
+
+
+def add_request(ledger: Ledger, new: NewRequest, policy: RequestsConfig, webhook: bool = False) -> ErasureRequest:
     """Take a request in; the same `external_id` with the same ids again changes nothing and returns the first one.
 
     Args:
@@ -112,22 +126,22 @@ def add_request(ledger: Ledger, new: NewRequest, policy: DuePolicy, webhook: boo
         webhook: Whether the sender is told of the outcome by webhook.
 
     Raises:
-        RequestError: no ids, malformed ones, a due date in the past, or a known `external_id` with other ids.
+        RequestError: a due date in the past.
+        ConflictError: a known `external_id` with other ids.
     """
-    names = _names(new)
     with ledger.write() as writing:
-        hashes = {writing.hash_name(kind, name): (kind, name) for kind, name in names}
+        hashes = {writing.hash_name(kind, name): (kind, name) for kind, name in new.names}
         external = None if new.external_id is None else writing.hash_name("external", new.external_id)
         known = _find_external(writing.connection, external)
         if known is not None:
             if _hashes_of(writing.connection, known) != hashes.keys():
-                raise RequestError(
+                raise ConflictError(
                     "an external id that the ledger knows, with other ids than then",
                     "the same request again, or a new external id",
                     f"see request {known}, or give the new request an external id of its own",
                 )
             return _load(writing.connection, known, writing.now)
-        due = policy.due(writing.now, new.policy) if new.due is None else new.due
+        due = writing.now + timedelta(days=_days(policy, new.policy)) if new.due is None else new.due
         if due <= writing.now:
             raise RequestError("a due date in the past", "one that is still to come", "correct the due date")
         number = int(writing.connection.execute(select(func.coalesce(func.max(REQUESTS.c.id), 0) + 1)).scalar_one())
@@ -170,25 +184,8 @@ def _expect_outcome(writing: Writing, number: int) -> None:
     writing.connection.execute(insert(WEBHOOKS).values(row))
 
 
-def _names(new: NewRequest) -> list[tuple[Kind, str]]:
-    """The ids asked for, each once, with their kind.
-
-    Raises:
-        RequestError: none, too many, or one that no id can be. Without the id: what is wrong with it is all one needs.
-    """
-    names: list[tuple[Kind, str]] = [("subject", name) for name in dict.fromkeys(new.subjects)]
-    names += [("record", name) for name in dict.fromkeys(new.record_ids)]
-    if not 1 <= len(names) <= MAX_IDS:
-        raise RequestError(
-            f"a request with {len(names)} ids",
-            f"1 to {MAX_IDS}",
-            "name subjects or record ids" if not names else "split it into several requests",
-        )
-    for position, (kind, name) in enumerate(names):
-        _require_plain(f"the {kind} id number {position + 1}", name, MAX_ID_LENGTH)
-    if new.external_id is not None:
-        _require_plain("an external id", new.external_id, MAX_EXTERNAL_ID_LENGTH)
-    return names
+def _days(config: RequestsConfig, policy: DuePolicy) -> int:
+    return config.due_days_california if policy == "california" else config.due_days
 
 
 def _require_plain(what: str, name: str, longest: int) -> None:
@@ -232,6 +229,14 @@ def get_request(ledger: Ledger, number: int) -> ErasureRequest:
     """
     with ledger.read() as connection:
         return _load(connection, number, ledger.clock())
+
+
+def find_request(ledger: Ledger, external_id: str) -> ErasureRequest | None:
+    """The request of an external id, which outlives the purge of the external id itself; None if there is none."""
+    digest = name_hash(ledger.salt(), "external", external_id)
+    with ledger.read() as connection:
+        number = _find_external(connection, digest)
+        return None if number is None else _load(connection, number, ledger.clock())
 
 
 def list_requests(ledger: Ledger, states: Sequence[RequestState] = ()) -> list[ErasureRequest]:
@@ -289,7 +294,7 @@ def _row(connection: Connection, number: int) -> Row[Any]:
     if 0 < number < 2**31:
         row = connection.execute(select(REQUESTS).where(REQUESTS.c.id == number)).one_or_none()
     if row is None:
-        raise RequestError(f"request {number}, which does not exist", "a request's number", "see `request list`")
+        raise UnknownRequestError(f"request {number}, which does not exist", "a request's number", "see `request list`")
     return row
 
 

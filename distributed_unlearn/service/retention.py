@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sqlalchemy import or_, select, update
 
+from distributed_unlearn.config.service import RetentionConfig
 from distributed_unlearn.service.canonical import parse_time, time_text
 from distributed_unlearn.service.ledger import Lease, Ledger, Writing
 from distributed_unlearn.service.rounds_book import RoundState
@@ -24,18 +25,6 @@ _STATE, _REMOVED = re.compile(r"round-\d{4,}"), re.compile(r"\.removed-.*")
 
 
 @dataclass(frozen=True)
-class RetentionPolicy:
-    """How long ids and superseded states are kept."""
-
-    ids_days: int | None = 365
-    """After a request's end; then salted hashes remain. None: for ever."""
-    keep_states: int = 3
-    """The current state and so many less one before it."""
-    superseded_days: float = 30.0
-    """A state still knows what a later round erased; it goes so long after that round, however many are kept."""
-
-
-@dataclass(frozen=True)
 class Purged:
     """What a purge removed."""
 
@@ -43,7 +32,7 @@ class Purged:
     states: tuple[int, ...]
 
 
-def purge(ledger: Ledger, lease: Lease, policy: RetentionPolicy, root: Path) -> Purged:
+def purge(ledger: Ledger, lease: Lease, policy: RetentionConfig, root: Path) -> Purged:
     """Purge what the policy no longer keeps: first in the ledger, with an audit entry each, then on disk."""
     with ledger.write(lease) as writing:
         requests = () if policy.ids_days is None else _purge_ids(writing, policy.ids_days)
@@ -77,7 +66,7 @@ def _purge_ids(writing: Writing, days: int) -> tuple[int, ...]:
     return numbers
 
 
-def _purge_states(writing: Writing, policy: RetentionPolicy) -> tuple[int, ...]:
+def _purge_states(writing: Writing, policy: RetentionConfig) -> tuple[int, ...]:
     query = select(ROUNDS).where(ROUNDS.c.state == RoundState.COMMITTED.value).order_by(ROUNDS.c.id.desc())
     rounds = writing.connection.execute(query).all()
     purged = []

@@ -63,6 +63,10 @@ class Outcome(StrEnum):
     NOT_FOUND = "not_found"
 
 
+class TransitionError(RequestError):
+    """A move that the table of transitions does not hold."""
+
+
 @dataclass(frozen=True)
 class Transition:
     """One permitted move, and the reasons that permit it."""
@@ -103,12 +107,12 @@ def require_permitted(number: int, source: RequestState, target: RequestState, r
     """Refuse a move that the table does not hold.
 
     Raises:
-        RequestError: naming the moves that are possible from where the request stands.
+        TransitionError: naming the moves that are possible from where the request stands.
     """
     if permitted(source, target, reason):
         return
     possible = sorted({t.target.value for t in TRANSITIONS if t.source == source})
-    raise RequestError(
+    raise TransitionError(
         f"request {number}, which is {source.value}, to become {target.value} ({reason.value})",
         f"one of {', '.join(possible)}" if possible else f"no further move: {source.value} is final",
         "see `request show`; a round that has begun cannot be left" if source == _R.IN_ROUND else "see `request show`",

@@ -11,12 +11,13 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import select
 
+from distributed_unlearn.config.service import RequestsConfig, RetentionConfig
 from distributed_unlearn.errors import LeaseError
 from distributed_unlearn.service import lease as leases
 from distributed_unlearn.service.heads import read_head
 from distributed_unlearn.service.ledger import open_ledger
-from distributed_unlearn.service.requests import DuePolicy, NewRequest, add_request, list_requests
-from distributed_unlearn.service.retention import RetentionPolicy, purge, sweep
+from distributed_unlearn.service.requests import NewRequest, add_request, list_requests
+from distributed_unlearn.service.retention import purge, sweep
 from distributed_unlearn.service.rounds_book import (
     StateFiles,
     commit_round,
@@ -50,8 +51,8 @@ def test_one_holder_at_a_time(ledger, clock):
 
 @BOTH
 def test_a_holder_that_was_paused_writes_nothing(ledger, clock, tmp_path):
-    add_request(ledger, NewRequest(record_ids=("a",)), DuePolicy())
-    add_request(ledger, NewRequest(record_ids=("b",)), DuePolicy())
+    add_request(ledger, NewRequest(record_ids=("a",)), RequestsConfig())
+    add_request(ledger, NewRequest(record_ids=("b",)), RequestsConfig())
     old = leases.acquire(ledger, ELSEWHERE, 60)
     schedule_ripe(ledger, old)
     start_round(ledger, old, [1])
@@ -66,7 +67,7 @@ def test_a_holder_that_was_paused_writes_nothing(ledger, clock, tmp_path):
         lambda: start_round(ledger, old, [2]),
         lambda: schedule_ripe(ledger, old),
         lambda: deny(ledger, old, {2: Reason.UNKNOWN_ID}, {}),
-        lambda: purge(ledger, old, RetentionPolicy(), tmp_path),
+        lambda: purge(ledger, old, RetentionConfig(), tmp_path),
         lambda: sweep(ledger, old, tmp_path),
         lambda: leases.renew(ledger, old),
     ):
@@ -135,7 +136,7 @@ while done < 5:
 
 @BOTH
 def test_two_schedulers_never_have_a_round_at_once(ledger, database):
-    add_request(ledger, NewRequest(record_ids=("a",)), DuePolicy())
+    add_request(ledger, NewRequest(record_ids=("a",)), RequestsConfig())
     first = leases.acquire(ledger, ELSEWHERE, 60)
     schedule_ripe(ledger, first)
     leases.release(ledger, first)
@@ -165,7 +166,7 @@ with held(ledger, 1, "another-machine/2/y") as keeper:
 @BOTH
 def test_a_process_that_is_stopped_and_goes_on_later_is_refused(database):
     ledger = open_ledger(database, create=True)
-    add_request(ledger, NewRequest(record_ids=("a",)), DuePolicy())
+    add_request(ledger, NewRequest(record_ids=("a",)), RequestsConfig())
     first = leases.acquire(ledger, ELSEWHERE, 60)
     schedule_ripe(ledger, first)
     leases.release(ledger, first)

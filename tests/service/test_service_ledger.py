@@ -14,6 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import delete, insert, inspect, select, update
 
+from distributed_unlearn.config.service import RequestsConfig
 from distributed_unlearn.errors import LedgerError
 from distributed_unlearn.service import tables
 from distributed_unlearn.service.database import connect, ledger_url
@@ -21,7 +22,7 @@ from distributed_unlearn.service.heads import read_head, sign_head
 from distributed_unlearn.service.keys import generate_key, load_public_key, load_signer
 from distributed_unlearn.service.lease import acquire
 from distributed_unlearn.service.ledger import open_ledger
-from distributed_unlearn.service.requests import DuePolicy, NewRequest, add_request, withdraw
+from distributed_unlearn.service.requests import NewRequest, add_request, withdraw
 from distributed_unlearn.service.rounds_book import StateFiles, commit_round, roll_back, schedule_ripe, start_round
 from distributed_unlearn.service.states import Reason, RequestState
 from distributed_unlearn.service.verification import verify_ledger
@@ -33,8 +34,8 @@ SECRET = "anna.secret@example.org"
 def fill(ledger, root: Path):
     """Four requests; one round rolled back, one committed with a file on disk; returns the lease."""
     for number in range(3):
-        add_request(ledger, NewRequest(record_ids=(f"row-{number}",), external_id=f"case-{number}"), DuePolicy())
-    add_request(ledger, NewRequest(subjects=(SECRET,)), DuePolicy())
+        add_request(ledger, NewRequest(record_ids=(f"row-{number}",), external_id=f"case-{number}"), RequestsConfig())
+    add_request(ledger, NewRequest(subjects=(SECRET,)), RequestsConfig())
     withdraw(ledger, 3, Reason.WITHDRAWN, RequestState.REVOKED)
     lease = acquire(ledger, "node/0/test", 60)
     schedule_ripe(ledger, lease)
@@ -220,7 +221,7 @@ def test_a_read_only_ledger_can_be_read_and_says_so_when_written(ledger, databas
     if os.geteuid() != 0:
         path.chmod(0o400)
         with pytest.raises(LedgerError):
-            add_request(ledger, NewRequest(subjects=("a",)), DuePolicy())
+            add_request(ledger, NewRequest(subjects=("a",)), RequestsConfig())
     else:  # root may write everything: a full disk is the refusal that it meets
         with pytest.raises(LedgerError, match="full"), ledger.write() as writing:
             pages = writing.connection.exec_driver_sql("PRAGMA page_count").scalar_one()
@@ -245,10 +246,10 @@ def test_processes_that_open_a_new_ledger_at_once_make_one(database):
 KILLED = """
 import os, sys, threading
 from distributed_unlearn.service.ledger import open_ledger
-from distributed_unlearn.service.requests import DuePolicy, NewRequest, add_request
+from distributed_unlearn.service.requests import NewRequest, add_request
 ledger = open_ledger(sys.argv[1])
 for number in range(10**6):
-    add_request(ledger, NewRequest(record_ids=(f"{os.getpid()}-{number}",)), DuePolicy())
+    add_request(ledger, NewRequest(record_ids=(f"{os.getpid()}-{number}",)), RequestsConfig())
     sys.stdout.write("x"); sys.stdout.flush()
 """
 

@@ -16,11 +16,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from distributed_unlearn.config.service import RequestsConfig, RetentionConfig
 from distributed_unlearn.errors import LeaseError, RequestError
 from distributed_unlearn.service import lease as leases
 from distributed_unlearn.service.ledger import open_ledger
-from distributed_unlearn.service.requests import DuePolicy, NewRequest, add_request, list_requests, withdraw
-from distributed_unlearn.service.retention import RetentionPolicy, purge
+from distributed_unlearn.service.requests import NewRequest, add_request, list_requests, withdraw
+from distributed_unlearn.service.retention import purge
 from distributed_unlearn.service.rounds_book import (
     StateFiles,
     commit_round,
@@ -67,7 +68,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(ids=IDS, external=st.sampled_from([None, "x", "y"]), delay=st.sampled_from([0, 5]))
     def add(self, ids, external, delay):
-        new, policy = NewRequest(record_ids=tuple(ids), external_id=external), DuePolicy(delay_hours=delay)
+        new, policy = NewRequest(record_ids=tuple(ids), external_id=external), RequestsConfig(delay_hours=delay)
         if external in self.external:
             number = self.external[external]
             if set(ids) == self.ids[number]:
@@ -179,7 +180,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def purge(self):
         days = 30
-        found = purge(self.ledger, self.leases[-1], RetentionPolicy(ids_days=days), self.folder).requests
+        found = purge(self.ledger, self.leases[-1], RetentionConfig(ids_days=days), self.folder).requests
         old = {n for n, at in self.ended.items() if (self.clock.now - at).days >= days and n not in self.purged}
         assert set(found) == old
         self.purged |= old
