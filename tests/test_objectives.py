@@ -10,8 +10,9 @@ from distributed_unlearn.config import ObjectiveConfig
 from distributed_unlearn.errors import ConfigError, NumericalError
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.objectives.losses import correct_tokens, token_nll
-from distributed_unlearn.objectives.predictions import MinibatchTotals, Predictions
+from distributed_unlearn.objectives.predictions import Constants, MinibatchTotals, Predictions
 from distributed_unlearn.objectives.record_terms import NegativePreferenceTerm
+from distributed_unlearn.objectives.terms import Needs
 
 HOLDOUT = 1.3
 WEIGHTS = {"retain_weight": 0.7, "forget_weight": 1.9, "beta": 0.4, "huber_delta": 0.5}
@@ -40,7 +41,8 @@ def predictions_of(nll, tokens, forget, reference):
     each = nll[record] / tokens[record]
     other = each + torch.log(-torch.expm1(-each))
     logits, labels = torch.stack([torch.zeros_like(other), other], 1), torch.zeros(len(record), dtype=torch.int64)
-    return Predictions(logits, labels, record, forget, reference)
+    unread = torch.full_like(reference[record], math.nan)
+    return Predictions(logits, labels, record, forget, Constants(reference[record] / tokens[record], unread, unread))
 
 
 def batch_of(rows=slice(None), nll=None):
@@ -176,11 +178,11 @@ def test_a_term_of_weight_zero_is_not_evaluated():
     nll = torch.tensor(NLL, dtype=torch.float64)
     nll[3] = math.inf
     no_retain = build_objective(ObjectiveConfig(name="npo", retain_weight=0), None)
-    assert no_retain(batch_of(nll=nll), TOTALS).isfinite() and not no_retain.uses_retain
+    assert no_retain(batch_of(nll=nll), TOTALS).isfinite() and no_retain.retain_needs is None
     unreferenced = predictions_of(torch.tensor(NLL[:6]), torch.tensor(TOKENS[:6]), torch.tensor(FORGET[:6]),
                                   torch.full((6,), math.nan))  # fmt: skip
     no_forget = build_objective(ObjectiveConfig(name="npo", forget_weight=0), None)
-    assert no_forget(unreferenced, TOTALS).isfinite() and not no_forget.uses_forget and not no_forget.needs_reference
+    assert no_forget(unreferenced, TOTALS).isfinite() and no_forget.forget_needs is None
     assert "forget_term" not in no_forget.terms(unreferenced, TOTALS)
 
 
@@ -202,18 +204,19 @@ def test_terms_by_hand():
 
 
 def test_what_each_objective_asks_for():
-    flags = {
-        name: (o.uses_forget, o.uses_retain, o.needs_reference, o.needs_holdout_loss)
+    needs = {
+        name: (o.forget_needs, o.retain_needs)
         for name, o in ((name, build_objective(config, HOLDOUT)) for name, config in CONFIGS.items())
     }
-    assert flags == {
-        "retain": (False, True, False, False),
-        "gradient_ascent": (True, False, False, False),
-        "graddiff": (True, True, False, False),
-        "npo": (True, True, True, False),
-        "simnpo": (True, True, False, False),
-        "huber": (True, True, False, True),
-        "squared": (True, True, False, True),
+    nothing, mean = Needs(), Needs(holdout_loss=True)
+    assert needs == {
+        "retain": (None, nothing),
+        "gradient_ascent": (nothing, None),
+        "graddiff": (nothing, nothing),
+        "npo": (Needs(start=True), nothing),
+        "simnpo": (nothing, nothing),
+        "huber": (mean, nothing),
+        "squared": (mean, nothing),
     }
 
 

@@ -48,10 +48,10 @@ class JobConfig(StrictModel):
                 raise ValueError("forget selects among the training records; path is for holdout only")
         if self.train is not None and self.train.exclude_forget and not self.forget_rounds:
             raise ValueError("train.exclude_forget without forget or rounds leaves nothing out; name what to leave out")
-        needs_holdout = self.objective.name == "holdout_matched" or self.solver.stop.forget_matches_holdout
+        needs_holdout = self.objective.uses_holdout or self.solver.stop.forget_matches_holdout
         if self.unlearns and needs_holdout and self.holdout is None:
             raise ValueError(
-                "objective holdout_matched and solver.stop.forget_matches_holdout need a holdout selection; "
+                f"objective {self.objective.name} and solver.stop.forget_matches_holdout need a holdout selection; "
                 "name records that were never trained on, or choose another objective and turn the stop off"
             )
         return self

@@ -39,6 +39,31 @@ def draw(seed: int, round_index: int, step: int, role: str | int, population: np
     return population[order]
 
 
+def split_roles(size: int, uses_forget: bool, uses_retain: bool) -> tuple[int, int]:
+    """How many of a minibatch's `size` records are forget and how many retain records: half each where both are used.
+
+    At least one of each then, so a minibatch of one record becomes two.
+    """
+    if uses_forget and uses_retain:
+        return max(1, size // 2), max(1, size - size // 2)
+    return (size, 0) if uses_forget else (0, size)
+
+
+def drawn(
+    seed: int, round_index: int, num_steps: int, role: str | int, population: np.ndarray, size: int
+) -> np.ndarray:
+    """Records that `draw` gives in any of the steps 0 to `num_steps - 1`: sorted, distinct; int64.
+
+    All of the population once two epochs are read: the first of them visits every record.
+    """
+    population = np.asarray(population, dtype=np.int64)
+    num_records = len(population)
+    if size == 0 or num_steps == 0 or num_steps * size >= 2 * num_records:
+        return np.unique(population) if size and num_steps else np.empty(0, dtype=np.int64)
+    steps = [draw(seed, round_index, step, role, population, size) for step in range(num_steps)]
+    return np.unique(np.concatenate(steps))
+
+
 def cut(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     """The part of a global minibatch that belongs to `rank`: contiguous, sizes differing by one at most.
 

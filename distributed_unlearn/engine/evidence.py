@@ -9,8 +9,7 @@ from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.batches import Corpus, PredictionBatch
 from distributed_unlearn.engine.inputs import scoring_micro_batches
 from distributed_unlearn.engine.model import OpenedModel
-from distributed_unlearn.objectives.predictions import Predictions
-from distributed_unlearn.objectives.token_terms import log_odds
+from distributed_unlearn.objectives.predictions import LabelledLogits
 from distributed_unlearn.workers.evidence import PredictionEvidence
 from distributed_unlearn.workers.messages import Indices, RecordScores
 
@@ -25,9 +24,8 @@ class _Noted:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [N, V] -> zero."""
-        rows = torch.zeros(self._batch.num_rows, dtype=torch.bool, device=logits.device)
-        seen = Predictions(logits, self._batch.labels, self._batch.record, rows, rows.double())
-        self.columns = (seen.nll, log_odds(seen.wide, seen.labels), seen.hits)
+        seen = LabelledLogits(logits, self._batch.labels)
+        self.columns = (seen.nll, seen.log_odds, seen.hits)
         return logits.new_zeros(())
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.batches import Corpus, PredictionBatch
 from distributed_unlearn.data.sampling import cut, micro_batches, num_micro_batches
+from distributed_unlearn.objectives.constants import RoundConstants
 from distributed_unlearn.objectives.objective import Objective
-from distributed_unlearn.objectives.predictions import MinibatchTotals, Predictions
+from distributed_unlearn.objectives.predictions import Constants, MinibatchTotals, Predictions
 from distributed_unlearn.workers.messages import Indices
 
 
@@ -50,21 +51,38 @@ class MicroBatchLoss:
         self,
         batch: PredictionBatch,
         is_forget: Tensor,
-        reference_nll: Tensor,
+        constants: Constants,
         objective: Objective,
         totals: MinibatchTotals,
     ) -> None:
-        self._batch, self._is_forget, self._reference = batch, is_forget, reference_nll
+        self._batch, self._is_forget, self._constants = batch, is_forget, constants
         self._objective, self._totals = objective, totals
+        self.start_logits: Tensor | None = None
+        """The batch's logits [N, V] at the round's first weights, where the objective reads them."""
         self.terms: dict[str, Tensor] = {}
         """The objective's parts at the last call, local shares; tensors: reading a number waits for the device."""
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [N, V] of the batch's predictions -> scalar."""
-        predictions = Predictions(logits, self._batch.labels, self._batch.record, self._is_forget, self._reference)
+        batch = self._batch
+        predictions = Predictions(
+            logits, batch.labels, batch.record, self._is_forget, self._constants, self.start_logits
+        )
         loss = self._objective(predictions, self._totals)
         self.terms = self._objective.terms(predictions, self._totals)
         return loss
+
+
+class NotedLogits:
+    """A `LossOfLogits` that notes the logits and returns zero."""
+
+    def __init__(self) -> None:
+        self.logits: Tensor | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits [N, V] -> zero."""
+        self.logits = logits.detach()
+        return logits.new_zeros(())
 
 
 @dataclass(frozen=True)
@@ -80,11 +98,17 @@ class MicroBatch:
         return LossShare(self.batch.inputs, self.loss, self.batch.positions)
 
 
+def _known(constants: RoundConstants, corpus: Corpus, chosen: Indices, device: torch.device) -> Constants:
+    """What the round knows of some records' predictions, in the order of their batch."""
+    columns = constants.rows(chosen, corpus.num_answer_tokens(chosen))
+    return Constants(*(torch.from_numpy(column).to(device) for column in columns))
+
+
 def local_micro_batches(
     corpus: Corpus,
     minibatch: Minibatch,
     objective: Objective,
-    reference_nll: dict[int, float],
+    constants: RoundConstants,
     rank: int,
     world_size: int,
     micro_batch_size: int,
@@ -102,9 +126,8 @@ def local_micro_batches(
         batch = corpus.batch(chosen).to(device)
         is_forget = torch.zeros(batch.num_rows, dtype=torch.bool)
         is_forget[: len(chosen)] = torch.from_numpy(positions < num_forget)
-        reference = torch.full((batch.num_rows,), float("nan"), dtype=torch.float64)
-        reference[: len(chosen)] = torch.tensor([reference_nll.get(int(i), float("nan")) for i in chosen])
-        loss = MicroBatchLoss(batch, is_forget.to(device), reference.to(device), objective, totals)
+        known = _known(constants, corpus, chosen, device)
+        loss = MicroBatchLoss(batch, is_forget.to(device), known, objective, totals)
         result.append(MicroBatch(batch, loss))
     return result
 

@@ -14,11 +14,14 @@ from distributed_unlearn.config import SecondOrderConfig
 from distributed_unlearn.curvature.cached_size import KeptBytes, measure_kept
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.curvature.operators import Product
+from distributed_unlearn.curvature.store import SegmentStore
+from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.batches import Corpus
-from distributed_unlearn.data.sampling import draw
-from distributed_unlearn.engine.inputs import MicroBatch, Minibatch, local_micro_batches
+from distributed_unlearn.data.sampling import draw, split_roles
+from distributed_unlearn.engine.inputs import MicroBatch, Minibatch, NotedLogits, local_micro_batches
 from distributed_unlearn.engine.memory import free_bytes
 from distributed_unlearn.engine.model import OpenedModel
+from distributed_unlearn.engine.weights import FormerWeights
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.solvers.protocols import LossAndTerms
 from distributed_unlearn.workers.messages import RoundSpec
@@ -73,6 +76,16 @@ def plan_memory(
     )
 
 
+def note_start_logits(opened: OpenedModel, start: SegmentStore, batches: list[MicroBatch]) -> None:
+    """Give micro-batches their logits at the weights of `start`: one forward pass. All ranks must call this."""
+    noted = [NotedLogits() for _ in batches]
+    pairs = list(zip(batches, noted, strict=True))
+    shares = [LossShare(micro.batch.inputs, note, micro.batch.positions) for micro, note in pairs]
+    Linearisation(opened.segmented, start, shares).loss()
+    for micro, note in pairs:
+        micro.loss.start_logits = note.logits
+
+
 class MinibatchObjective:
     """A round's objective at the current weights, on the minibatches of the step that `draw` has begun.
 
@@ -85,6 +98,11 @@ class MinibatchObjective:
     def __init__(self, opened: OpenedModel, corpus: Corpus, spec: RoundSpec) -> None:
         self._opened, self._corpus, self._spec = opened, corpus, spec
         self._objective = build_objective(spec.objective, spec.holdout_loss)
+        needs = [needs for needs in (self._objective.forget_needs, self._objective.retain_needs) if needs is not None]
+        self._start: SegmentStore | None = None
+        if any(need.start_logits for need in needs):
+            former = FormerWeights(opened.weights, opened.store.compute_dtype)
+            self._start = SegmentStore(opened.layout, opened.communicator, former, opened.store.compute_dtype)
         self._gradient_batches: list[MicroBatch] = []
         self._curvature_minibatch: Minibatch | None = None
         self._curvature_batches: list[MicroBatch] | None = None
@@ -116,6 +134,7 @@ class MinibatchObjective:
         With `exact_loss` the loss is that of `loss`: what trials are compared with must be as exact as they are.
         """
         memory, local = self._decided(), torch.zeros((), dtype=torch.float64)
+        self._note_start(self._gradient_batches, memory.gradient_group)
         for group in _groups(self._gradient_batches, memory.gradient_group):
             local += self._linearise(group, keep_forward=memory.keep_forward).gradient(gradient).cpu()
         if exact_loss and self._opened.exact_store is not self._opened.store:
@@ -151,6 +170,7 @@ class MinibatchObjective:
         if not self._linearisations:
             memory = self._decided()
             groups = _groups(self._curvature_micro_batches(), memory.product_group)
+            self._note_start(self._curvature_micro_batches(), memory.product_group)
             self._linearisations = [self._linearise(group, cached=memory.cached) for group in groups]
 
     def _curvature_micro_batches(self) -> list[MicroBatch]:
@@ -165,6 +185,7 @@ class MinibatchObjective:
 
     def curvature_loss(self) -> float:
         """The loss on the curvature minibatch, at the master's precision. All ranks must call this."""
+        self._note_start(self._curvature_micro_batches(), self._decided().product_group)
         return self._sum(self._local_loss(self._curvature_micro_batches()))
 
     def _sum(self, local: Tensor) -> float:
@@ -177,9 +198,7 @@ class MinibatchObjective:
     def _roles(self, size: int) -> tuple[int, int]:
         """How many records of a minibatch are forgotten and how many retained."""
         objective = self._objective
-        if objective.uses_forget and objective.uses_retain:
-            return max(1, size // 2), max(1, size - size // 2)
-        return (size, 0) if objective.uses_forget else (0, size)
+        return split_roles(size, objective.forget_needs is not None, objective.retain_needs is not None)
 
     def _micro_batches(self, minibatch: Minibatch) -> list[MicroBatch]:
         communicator = self._opened.communicator
@@ -187,12 +206,18 @@ class MinibatchObjective:
             self._corpus,
             minibatch,
             self._objective,
-            self._spec.reference_nll,
+            self._spec.constants,
             communicator.rank,
             communicator.world_size,
             self._spec.curvature.micro_batch_size,
             communicator.device,
         )
+
+    def _note_start(self, batches: list[MicroBatch], together: int) -> None:
+        """Logits at the round's start, once for each micro-batch and where they are read. All ranks must call this."""
+        if self._start is not None and batches[0].loss.start_logits is None:
+            for group in _groups(batches, max(together, 1)):
+                note_start_logits(self._opened, self._start, group)
 
     def _linearise(
         self, batches: list[MicroBatch], cached: bool = False, keep_forward: bool = False, exact: bool = False
@@ -239,12 +264,13 @@ class MinibatchObjective:
             self._corpus,
             Minibatch(longest[:0], longest),
             self._objective,
-            spec.reference_nll,
+            spec.constants,
             0,
             1,
             size,
             opened.communicator.device,
         )
+        self._note_start([batch], 1)
         return measure_kept(opened.segmented, opened.store, batch.share, product)
 
     def _local_loss(self, batches: list[MicroBatch]) -> Tensor:

@@ -89,6 +89,15 @@ class ShardedWeights:
         trainable = self._gather(segment.trainable, self.master[segment.start : segment.stop], self._master_dtype)
         return {**trainable, **self._frozen_weights(segment, self._master_dtype)}
 
+    def segment_weights_at(self, segment: SegmentLayout, shard: Tensor) -> dict[str, Tensor]:
+        """Full weights of a segment in the compute dtype, were `shard` the trainable ones; on any device.
+
+        All ranks must call this.
+        """
+        local = shard[segment.start : segment.stop].to(self._communicator.device)
+        trainable = self._gather(segment.trainable, local, self._dtype)
+        return {**trainable, **self._frozen_weights(segment, self._dtype)}
+
     def _replicated(self, slots: Sequence[Slot], dtype: torch.dtype) -> dict[str, Tensor]:
         return {slot.name: self._parameters[slot.qualified_name].detach().to(dtype) for slot in slots}
 
@@ -149,3 +158,14 @@ class ExactWeights:
     def segment_weights(self, segment: SegmentLayout) -> dict[str, Tensor]:
         """Full parameters by name within the segment. All ranks must call this."""
         return self.weights.exact_segment_weights(segment)
+
+
+class FormerWeights:
+    """The weights as they were when this was made, in the compute dtype and on the host, as a `WeightSource`."""
+
+    def __init__(self, weights: ShardedWeights, dtype: torch.dtype) -> None:
+        self._weights, self._trainable = weights, weights.master.detach().to("cpu", dtype, copy=True)
+
+    def segment_weights(self, segment: SegmentLayout) -> dict[str, Tensor]:
+        """Full parameters by name within the segment. All ranks must call this."""
+        return self._weights.segment_weights_at(segment, self._trainable)

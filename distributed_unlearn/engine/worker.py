@@ -20,7 +20,7 @@ from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.engine.check import check_curvature
 from distributed_unlearn.engine.communicator import Communicator, RankSpec, connect, open_store
 from distributed_unlearn.engine.create import create_checkpoint
-from distributed_unlearn.engine.evidence import score_records
+from distributed_unlearn.engine.evidence import gather_evidence, score_records
 from distributed_unlearn.engine.export import export_model
 from distributed_unlearn.engine.model import OpenedModel, adopt_model, open_model
 from distributed_unlearn.engine.oracle import ShardedOracle
@@ -28,6 +28,7 @@ from distributed_unlearn.engine.partitions import load_model, prepare_deepspeed
 from distributed_unlearn.engine.training import Trainer
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.records import CurvatureMode, SurvivingUpdate
+from distributed_unlearn.workers.evidence import PredictionEvidence
 from distributed_unlearn.workers.messages import (
     ArchitectureSettings,
     CurvatureCheck,
@@ -130,6 +131,12 @@ class Worker:
         assert self._corpus is not None
         scores = score_records(self.opened, self._corpus, indices, micro_batch_size)
         return scores if self.communicator.rank == 0 else None
+
+    def evidence(self, indices: Indices, micro_batch_size: int) -> PredictionEvidence | None:
+        """Teacher-forced evidence of every prediction of some records; rank 0 returns it."""
+        assert self._corpus is not None
+        found = gather_evidence(self.opened, self._corpus, indices, micro_batch_size)
+        return found if self.communicator.rank == 0 else None
 
     # -- rounds -------------------------------------------------------------------------------------------
 

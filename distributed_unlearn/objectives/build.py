@@ -7,11 +7,14 @@ from distributed_unlearn.errors import ConfigError, NumericalError
 from distributed_unlearn.objectives.objective import Objective, WeightedObjective
 from distributed_unlearn.objectives.record_terms import (
     AscentTerm,
-    ForgetTerm,
     HoldoutDistanceTerm,
     NegativePreferenceTerm,
+    RetainLossTerm,
     SimpleNegativePreferenceTerm,
 )
+from distributed_unlearn.objectives.teacher_terms import DeleteTerm, KeptDistributionTerm, UndialTerm, WithAlternatives
+from distributed_unlearn.objectives.terms import Term
+from distributed_unlearn.objectives.token_terms import KeptLogOddsTerm, MatchedLogOddsTerm
 
 
 def _checked_holdout_loss(holdout_loss: float | None) -> float:
@@ -32,13 +35,45 @@ def _holdout_term(config: ObjectiveConfig, holdout_loss: float) -> HoldoutDistan
             return HoldoutDistanceTerm(holdout_loss, math.inf)
 
 
+def _forget_term(config: ObjectiveConfig, holdout_loss: float | None) -> Term | None:
+    match config.name:
+        case "retain":
+            return None
+        case "gradient_ascent" | "graddiff":
+            return AscentTerm()
+        case "npo":
+            return NegativePreferenceTerm(config.beta)
+        case "simnpo":
+            return SimpleNegativePreferenceTerm(config.beta)
+        case "holdout_matched":
+            return _holdout_term(config, _checked_holdout_loss(holdout_loss))
+        case "token_matched":
+            term = MatchedLogOddsTerm(config.huber_delta)
+            return WithAlternatives(term, config.alternatives_weight) if config.alternatives_weight > 0 else term
+        case "undial":
+            return UndialTerm(config.undial_strength)
+        case "delete":
+            return DeleteTerm()
+
+
+def _retain_term(config: ObjectiveConfig) -> Term:
+    match config.retain_term:
+        case "loss":
+            return RetainLossTerm()
+        case "log_odds":
+            return KeptLogOddsTerm()
+        case "kl":
+            return KeptDistributionTerm()
+
+
 def build_objective(config: ObjectiveConfig, holdout_loss: float | None) -> Objective:
     """The configured objective.
 
-    With `R` the retain loss and `F` the forget loss (token means over the minibatch):
-    retain `r R` (Bui et al., arXiv 2406.14507); gradient_ascent `-f F`; graddiff `r R - f F` (Liu, Liu, Stone
-    2022); npo, simnpo and holdout_matched `r R + f *` the term of `NegativePreferenceTerm`,
-    `SimpleNegativePreferenceTerm` and `HoldoutDistanceTerm`; `r`, `f` are `retain_weight`, `forget_weight`.
+    With `R` the retain term (the retain loss, unless `retain` says otherwise), `F` the forget loss (token means over
+    the minibatch) and `r`, `f` the weights: retain `r R` (Bui et al., arXiv 2406.14507); gradient_ascent `-f F`;
+    graddiff `r R - f F` (Liu, Liu, Stone 2022); all others `r R + f *` the term of `NegativePreferenceTerm` (npo),
+    `SimpleNegativePreferenceTerm` (simnpo), `HoldoutDistanceTerm` (holdout_matched), `MatchedLogOddsTerm`
+    (token_matched, whose `R` is `KeptLogOddsTerm`), `UndialTerm` (undial) or `DeleteTerm` (delete).
 
     Args:
         config: objective section of the job.
@@ -53,23 +88,10 @@ def build_objective(config: ObjectiveConfig, holdout_loss: float | None) -> Obje
         raise NumericalError(
             f"a holdout loss of {holdout_loss}", "a finite number", "check the weights and the holdout records"
         )
-    retain_weight = config.retain_weight
-    term: ForgetTerm | None = None
-    match config.name:
-        case "retain":
-            pass
-        case "gradient_ascent":
-            retain_weight, term = 0.0, AscentTerm()
-        case "graddiff":
-            term = AscentTerm()
-        case "npo":
-            term = NegativePreferenceTerm(config.beta)
-        case "simnpo":
-            term = SimpleNegativePreferenceTerm(config.beta)
-        case "holdout_matched":
-            term = _holdout_term(config, _checked_holdout_loss(holdout_loss))
-    objective = WeightedObjective(retain_weight, config.forget_weight, term, holdout_loss)
-    if not (objective.uses_forget or objective.uses_retain):
+    retain_weight = 0.0 if config.name == "gradient_ascent" else config.retain_weight
+    term = _forget_term(config, holdout_loss)
+    objective = WeightedObjective(retain_weight, config.forget_weight, _retain_term(config), term, holdout_loss)
+    if objective.forget_needs is None and objective.retain_needs is None:
         raise ConfigError(
             f"objective {config.name} with every weight in use at 0",
             "a positive weight on at least one term",

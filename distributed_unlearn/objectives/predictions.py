@@ -11,6 +11,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+LOG_ODDS_LIMIT = 1e4
+"""Where log-odds are clamped: far beyond what finite logits reach, so only a label without any alternative (all other
+logits minus infinity) or an impossible one is held there, with a derivative of zero."""
+_EXCLUDED = -1e30
+"""The logit that stands in for the label's own when its alternatives are summed; finite, so that a row without any
+alternative has derivatives that are zero and not NaN."""
+
+
+def without_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """`logits` [N, V] with the label's at `-1e30`, which is nothing beside any other in a softmax."""
+    return logits.scatter(1, labels.unsqueeze(1), _EXCLUDED)
+
+
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """`s = log p_y - log(1 - p_y) = z_y - log sum over v != y of exp z_v`, clamped to `+-LOG_ODDS_LIMIT`.
+
+    Nothing cancels: where `p` rounds to 1 (in bfloat16 from `1 - p < 4e-3` on) `s` goes on growing as the logits'
+    difference does, and so does its derivative, which is never smaller than 1 in the label's logit. All derivatives
+    exist, forward-mode ones too.
+
+    Args:
+        logits: [N, V], float32 or wider.
+        labels: [N], int64.
+
+    Returns:
+        [N], the dtype of `logits`.
+    """
+    others = torch.logsumexp(without_label(logits, labels), 1)
+    return (logits.gather(1, labels.unsqueeze(1)).squeeze(1) - others).clamp(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT)
+
 
 @dataclass(frozen=True)
 class MinibatchTotals:
@@ -34,13 +64,28 @@ class RecordSums:
     """[B], float32 or float64: sum over the record's predictions of `-log p`, nats; differentiable."""
     num_tokens: Tensor
     """[B], int64: predictions."""
-    reference_nll: Tensor
+    start_nll: Tensor
     """[B]: `nll` under the weights at the round's start, a constant; NaN where no objective reads it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
-    """One micro-batch on this rank: N predictions of B records. A record without predictions is padding.
+class Constants:
+    """What was known of each prediction at the round's start: [N] each; NaN where no objective reads it."""
+
+    start_nll: Tensor
+    """`-log p` of the label, nats."""
+    start_log_odds: Tensor
+    target_log_odds: Tensor
+    """Where the label's log-odds are to go."""
+
+    def __post_init__(self) -> None:
+        shapes = {tuple(x.shape) for x in (self.start_nll, self.start_log_odds, self.target_log_odds)}
+        assert len(shapes) == 1, f"shapes {shapes}, expected three times [N]"
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledLogits:
+    """N predictions with their labels, whose records are not looked at.
 
     Sums over a wide vocabulary are not done in half precision: what is computed here is float32 or wider, and has
     first and second derivatives and forward-mode ones, in every grad mode.
@@ -50,18 +95,10 @@ class Predictions:
     """[N, V], any floating dtype."""
     labels: Tensor
     """[N], int64."""
-    record: Tensor
-    """[N], int64: the record each prediction belongs to, from 0 to B - 1."""
-    is_forget: Tensor
-    """[B], bool."""
-    reference_nll: Tensor
-    """[B]: see `RecordSums`."""
 
     def __post_init__(self) -> None:
-        shapes = [tuple(x.shape) for x in (self.labels, self.record)]
-        assert self.logits.dim() == 2 and shapes == [(len(self.logits),)] * 2, f"{self.logits.shape}, {shapes}"
-        assert self.is_forget.dim() == 1 and self.is_forget.shape == self.reference_nll.shape
-        assert self.is_forget.dtype == torch.bool, f"is_forget is {self.is_forget.dtype}, not bool"
+        shapes = tuple(self.logits.shape), tuple(self.labels.shape)
+        assert self.logits.dim() == 2 and self.labels.shape == self.logits.shape[:1], f"shapes {shapes}"
 
     @cached_property
     def wide(self) -> Tensor:
@@ -74,9 +111,35 @@ class Predictions:
         return functional.cross_entropy(self.wide, self.labels, reduction="none")
 
     @cached_property
+    def log_odds(self) -> Tensor:
+        """[N]: see `log_odds`."""
+        return log_odds(self.wide, self.labels)
+
+    @cached_property
     def hits(self) -> Tensor:
         """[N], bool: whether the arg max is the label."""
         return self.logits.detach().argmax(-1) == self.labels
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions(LabelledLogits):
+    """One micro-batch on this rank: N predictions of B records. A record without predictions is padding."""
+
+    record: Tensor
+    """[N], int64: the record each prediction belongs to, from 0 to B - 1."""
+    is_forget: Tensor
+    """[B], bool."""
+    constants: Constants
+    """[N] each."""
+    start_logits: Tensor | None = None
+    """[N, V] under the weights at the round's start, a constant; None where no objective reads it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.record.shape == self.labels.shape and self.is_forget.dim() == 1
+        assert self.is_forget.dtype == torch.bool, f"is_forget is {self.is_forget.dtype}, not bool"
+        assert self.constants.start_nll.shape == self.labels.shape, "constants of other predictions"
+        assert self.start_logits is None or self.start_logits.shape == self.logits.shape
 
     @cached_property
     def num_tokens(self) -> Tensor:
@@ -95,7 +158,8 @@ class Predictions:
     def records_of(self, is_forget: bool) -> RecordSums:
         """Sums of the forget (or the retain) records that have a prediction; possibly of none."""
         chosen = (self.is_forget == is_forget) & (self.num_tokens > 0)
-        return RecordSums(self.per_record(self.nll)[chosen], self.num_tokens[chosen], self.reference_nll[chosen])
+        start = self.per_record(self.constants.start_nll)
+        return RecordSums(self.per_record(self.nll)[chosen], self.num_tokens[chosen], start[chosen])
 
     def of_role(self, is_forget: bool) -> Tensor:
         """[N], bool: whether the prediction belongs to a forget (or a retain) record."""

@@ -6,12 +6,12 @@ nowhere: neither here nor in `MinibatchTotals`. A sum over no records is an exac
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 from torch.nn import functional
 
 from distributed_unlearn.objectives.predictions import MinibatchTotals, Predictions
+from distributed_unlearn.objectives.terms import Needs, huber
 
 
 def retain_loss(predictions: Predictions, totals: MinibatchTotals) -> Tensor:
@@ -30,24 +30,22 @@ def forget_distance(predictions: Predictions, totals: MinibatchTotals, holdout_l
     return (forget.nll / forget.num_tokens - holdout_loss).abs().sum() / max(totals.num_forget_records, 1)
 
 
-class ForgetTerm(Protocol):
-    """What an objective does to the forget records; smaller means more forgotten."""
+@dataclass(frozen=True)
+class RetainLossTerm:
+    """The retain loss, nats per token: what the paper minimises (Bui et al., arXiv 2406.14507)."""
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether `reference_nll` is read."""
-        ...
+    needs = Needs()
 
     def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
-        """This rank's share, scalar; forget records are picked out."""
-        ...
+        """`(sum of nll over retain records) / num_retain_tokens`."""
+        return retain_loss(predictions, totals)
 
 
 @dataclass(frozen=True)
 class AscentTerm:
     """Minus the forget loss, nats per token. Unbounded below."""
 
-    needs_reference = False
+    needs = Needs()
 
     def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
         """`-(sum of nll over forget records) / num_forget_tokens`."""
@@ -64,12 +62,12 @@ class NegativePreferenceTerm:
     """
 
     beta: float
-    needs_reference = True
+    needs = Needs(start=True)
 
     def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
-        """This rank's share; every forget record needs a finite `reference_nll`."""
+        """This rank's share; every forget record needs a finite `start_nll`."""
         forget = predictions.records_of(is_forget=True)
-        excess = forget.nll - forget.reference_nll.detach().to(forget.nll.dtype)
+        excess = forget.nll - forget.start_nll.detach().to(forget.nll.dtype)
         # logsigmoid and not softplus (turns linear at 20) or logaddexp (NaN second derivative beyond exp's range).
         return functional.logsigmoid(self.beta * excess).sum() * (-2 / self.beta) / max(totals.num_forget_records, 1)
 
@@ -83,7 +81,7 @@ class SimpleNegativePreferenceTerm:
     """
 
     beta: float
-    needs_reference = False
+    needs = Needs()
 
     def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
         """This rank's share."""
@@ -103,13 +101,10 @@ class HoldoutDistanceTerm:
     holdout_loss: float
     """Mean loss on held-out records at the round's start, nats per token."""
     delta: float
-    needs_reference = False
+    needs = Needs(holdout_loss=True)
 
     def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
         """This rank's share."""
         forget = predictions.records_of(is_forget=True)
         distance = forget.nll / forget.num_tokens - self.holdout_loss
-        # With c = clip(x), c (x - c / 2) is Huber's function, and its second derivative is 1 at x = 0 as well;
-        # pointwise operations alone, so forward-mode derivatives of the backward pass exist in every grad mode.
-        clipped = distance.clamp(-self.delta, self.delta)
-        return (clipped * (distance - clipped / 2)).sum() / max(totals.num_forget_records, 1)
+        return huber(distance, self.delta).sum() / max(totals.num_forget_records, 1)

@@ -1,30 +1,49 @@
-"""Parts of objectives that look at single predictions: the log-odds of their labels."""
+"""Parts of objectives that look at single predictions: where the log-odds of each label are to be.
 
-import torch
+Today's alternatives pull means: a mean loss can be met while most tokens are still predicted, and its derivative
+vanishes as `1 - p` where the model has memorised. Log-odds `s` are nearly linear in the logits, so a squared distance
+is nearly quadratic, Gauss-Newton's model of it is nearly exact, and no token is too certain to be moved.
+"""
+
+from dataclasses import dataclass
+
 from torch import Tensor
 
-LOG_ODDS_LIMIT = 1e4
-"""Where log-odds are clamped: far beyond what finite logits reach, so only a label without any alternative (all other
-logits minus infinity) or an impossible one is held there, with a derivative of zero."""
-_EXCLUDED = -1e30
-"""The logit that stands in for the label's own when its alternatives are summed; finite, so that a row without any
-alternative has derivatives that are zero and not NaN."""
+from distributed_unlearn.objectives.predictions import MinibatchTotals, Predictions
+from distributed_unlearn.objectives.terms import Needs, huber
 
 
-def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """`s = log p_y - log(1 - p_y) = z_y - log sum over v != y of exp z_v`, clamped to `+-LOG_ODDS_LIMIT`.
+@dataclass(frozen=True)
+class MatchedLogOddsTerm:
+    """Forget tokens' log-odds are brought to targets of their own.
 
-    Nothing cancels: where `p` rounds to 1 (in bfloat16 from `1 - p < 4e-3` on) `s` goes on growing as the logits'
-    difference does, and so does its derivative, which is never smaller than 1 in the label's logit. All derivatives
-    exist, forward-mode ones too.
-
-    Args:
-        logits: [N, V], float32 or wider.
-        labels: [N], int64.
-
-    Returns:
-        [N], the dtype of `logits`.
+    `mean over forget predictions of huber(s_t - s*_t, delta)`; with the targets of `constants.matched_targets` the
+    log-odds become distributed as the holdout's.
     """
-    own = labels.unsqueeze(1)
-    others = torch.logsumexp(logits.scatter(1, own, _EXCLUDED), 1)
-    return (logits.gather(1, own).squeeze(1) - others).clamp(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT)
+
+    delta: float
+    needs = Needs(start=True, target=True)
+
+    def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
+        """This rank's share; every forget prediction needs a finite target."""
+        chosen, odds = predictions.of_role(is_forget=True), predictions.log_odds
+        target = predictions.constants.target_log_odds.detach().to(odds.dtype)
+        return huber(odds[chosen] - target[chosen], self.delta).sum() / max(totals.num_forget_tokens, 1)
+
+
+@dataclass(frozen=True)
+class KeptLogOddsTerm:
+    """Retain tokens' log-odds are kept where they were.
+
+    `mean over retain predictions of (s_t - s_t at the start)^2 / 2`: zero at the round's start, so a retain record
+    costs nothing until the forget term disturbs it; and it does not train the retain records further, as their loss
+    would.
+    """
+
+    needs = Needs(start=True)
+
+    def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
+        """This rank's share; every retain prediction needs its log-odds at the start."""
+        chosen, odds = predictions.of_role(is_forget=False), predictions.log_odds
+        moved = odds[chosen] - predictions.constants.start_log_odds.detach().to(odds.dtype)[chosen]
+        return (moved * moved).sum() / (2 * max(totals.num_retain_tokens, 1))

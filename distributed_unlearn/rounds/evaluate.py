@@ -8,6 +8,7 @@ import numpy as np
 from distributed_unlearn.evaluation.metrics import score_set
 from distributed_unlearn.records import SetScores
 from distributed_unlearn.workers.client import Workers
+from distributed_unlearn.workers.evidence import PredictionEvidence
 
 _MICRO_BATCHES_PER_CALL = 64
 """Of one scoring call, a rank: bounds its time, which is limited, and the rows that ranks send each other."""
@@ -38,13 +39,23 @@ class Scores:
         return 1.0 - self.num_correct / self.num_tokens
 
 
+def _calls(workers: Workers, indices: np.ndarray, micro_batch_size: int) -> list[np.ndarray]:
+    """Distinct records in pieces of bounded work; one empty piece for none."""
+    wanted, size = np.unique(indices), _MICRO_BATCHES_PER_CALL * micro_batch_size * workers.world_size
+    return [wanted[start : start + size] for start in range(0, max(len(wanted), 1), size)]
+
+
 def score(workers: Workers, indices: np.ndarray, micro_batch_size: int) -> Scores:
     """Score records on all ranks, in as many calls as it takes."""
-    wanted, size = np.unique(indices), _MICRO_BATCHES_PER_CALL * micro_batch_size * workers.world_size
-    calls = [wanted[start : start + size] for start in range(0, max(len(wanted), 1), size)]
-    found = [workers.score(chosen, micro_batch_size) for chosen in calls]
+    found = [workers.score(chosen, micro_batch_size) for chosen in _calls(workers, indices, micro_batch_size)]
     columns = [(part.indices, part.nll, part.num_tokens, part.num_correct) for part in found]
     return Scores(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def evidence(workers: Workers, indices: np.ndarray, micro_batch_size: int) -> PredictionEvidence:
+    """Evidence of every prediction of some records on all ranks, in as many calls as it takes."""
+    calls = _calls(workers, indices, micro_batch_size)
+    return PredictionEvidence.joined([workers.evidence(chosen, micro_batch_size) for chosen in calls])
 
 
 def evaluate_sets(

@@ -18,6 +18,7 @@ from distributed_unlearn.records import RoundRecord, StepRecord
 from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, score, summarise
 from distributed_unlearn.rounds.events import OnStep
 from distributed_unlearn.rounds.methods import OuterSolver, build_solver
+from distributed_unlearn.rounds.opening import drawn_retain_records, opening_constants
 from distributed_unlearn.rounds.verdict import judge
 from distributed_unlearn.solvers.stopping import StoppingRule
 from distributed_unlearn.workers.client import Workers
@@ -145,10 +146,9 @@ def run_round(workers: Workers, task: RoundTask, start: Scores, on_step: OnStep)
     before, scores = (summarise(sets, start), start) if not task.round_index else evaluate_sets(workers, sets, batch)
     holdout = summarise({"holdout": sets["holdout"]}, start).get("holdout")
     holdout_loss = None if holdout is None else holdout.loss_nats_per_token
-    reference: dict[int, float] = {}
-    if build_objective(task.objective, holdout_loss).needs_reference:
-        found = score(workers, task.forget, batch)
-        reference = {int(index): float(nll) for index, nll in zip(found.indices, found.nll, strict=True)}
+    objective = build_objective(task.objective, holdout_loss)
+    retain = drawn_retain_records(objective, task.solver, task.round_index, task.retain)
+    constants = opening_constants(workers, objective, task.forget, retain, task.holdout, batch)
     spec = RoundSpec(
         task.round_index,
         task.forget,
@@ -157,7 +157,7 @@ def run_round(workers: Workers, task: RoundTask, start: Scores, on_step: OnStep)
         task.solver,
         task.curvature,
         holdout_loss,
-        reference,
+        constants,
     )
     workers.begin_round(spec)
     stepping = time.monotonic()

@@ -8,6 +8,7 @@ from typing import TypeVar
 from distributed_unlearn.config import ModelConfig, ModelTask, SaveConfig
 from distributed_unlearn.data.batches import NamedCorpus
 from distributed_unlearn.records import CurvatureMode, SurvivingUpdate
+from distributed_unlearn.workers.evidence import PredictionEvidence
 from distributed_unlearn.workers.group import WorkerGroup
 from distributed_unlearn.workers.messages import (
     ArchitectureSettings,
@@ -75,6 +76,10 @@ class Workers:
     def score(self, indices: Indices, micro_batch_size: int) -> RecordScores:
         """Teacher-forced scores of records at the current weights, sorted by index."""
         return self._first(RecordScores, "score", indices, micro_batch_size)
+
+    def evidence(self, indices: Indices, micro_batch_size: int) -> PredictionEvidence:
+        """Teacher-forced evidence of every prediction at the current weights, sorted by record."""
+        return self._first(PredictionEvidence, "evidence", indices, micro_batch_size)
 
     # -- rounds -------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from distributed_unlearn.objectives.constants import ragged_rows
 from distributed_unlearn.workers.messages import Indices, RecordScores
 
 
@@ -53,11 +54,9 @@ class PredictionEvidence:
         return self._rows(at)
 
     def _rows(self, at: Indices) -> "PredictionEvidence":
-        starts = np.cumsum(self.num_tokens) - self.num_tokens
-        counts = self.num_tokens[at]
-        # Row k of the result's record r is row starts[at[r]] + k: one repeat instead of a loop over records.
-        rows = np.repeat(starts[at] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        return PredictionEvidence(self.indices[at], counts, self.nll[rows], self.log_odds[rows], self.hits[rows])
+        rows = ragged_rows(self.num_tokens, at)
+        nll, odds, hits = self.nll[rows], self.log_odds[rows], self.hits[rows]
+        return PredictionEvidence(self.indices[at], self.num_tokens[at], nll, odds, hits)
 
     def per_record(self) -> RecordScores:
         """Sums over each record's predictions, in the same order."""

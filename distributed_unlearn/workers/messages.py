@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distributed_unlearn.config import CurvatureConfig, ModelConfig, ObjectiveConfig, SolverConfig, TrainConfig
+from distributed_unlearn.objectives.constants import RoundConstants
 
 Indices = NDArray[np.int64]
 ArchitectureSettings = Mapping[str, int | float | bool | str | None]
@@ -25,8 +26,8 @@ class RoundSpec:
     solver: SolverConfig
     curvature: CurvatureConfig
     holdout_loss: float | None
-    reference_nll: dict[int, float]
-    """Sum of answer nll of each forget record at the start of the round, where the objective needs it."""
+    constants: RoundConstants
+    """What the objective needs to know of predictions at the round's start."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,17 @@ def _change(record: dict[str, Any], name: str) -> float:
 
 @pytest.mark.parametrize(
     ("objective", "sign"),
-    [("retain", 0), ("graddiff", 1), ("npo", 1), ("simnpo", 1), ("gradient_ascent", 1), ("holdout_matched", 0)],
+    [
+        ("retain", 0),
+        ("graddiff", 1),
+        ("npo", 1),
+        ("simnpo", 1),
+        ("gradient_ascent", 1),
+        ("holdout_matched", 0),
+        ("token_matched", 0),
+        ("undial", 0),
+        ("delete", 0),
+    ],
 )
 def test_every_objective_takes_a_cubic_step(objective, sign, tiny: TinyJob, tmp_path, capsys):
     weight = 1.0 if sign == 0 else 0.01  # random weights: what helps one set helps both

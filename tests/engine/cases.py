@@ -19,18 +19,18 @@ from distributed_unlearn.engine.check import CurvatureCheck
 from distributed_unlearn.engine.inputs import Minibatch, minibatch_totals
 from distributed_unlearn.engine.oracle import RoundSpec
 from distributed_unlearn.objectives.build import build_objective
-from distributed_unlearn.objectives.predictions import Predictions
+from distributed_unlearn.objectives.constants import RoundConstants
+from distributed_unlearn.objectives.predictions import Constants, Predictions
 from distributed_unlearn.solvers.inner.krylov import KrylovEntry, KrylovSpec
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.protocols import StepSpec
 from tests.dense import FreeEntries
-from tests.engine.checkpoints import FORGET, RETAIN
+from tests.engine.checkpoints import FORGET, RETAIN, random_corpus
 from tests.solvers.memory_oracle import MemoryOracle
 
 HOLDOUT_LOSS = 5.5
 KRYLOV_STEPS = 3
 VECTOR_SEED = 11
-REFERENCE_NLL = {int(index): 20.0 + index for index in FORGET}
 KRYLOV = StepSpec(KrylovSpec())
 SETTINGS = SCureNewtonSettings(max_krylov_steps=KRYLOV_STEPS, cubic_coefficient=1.0)
 
@@ -47,7 +47,9 @@ class Problem:
     """One objective on one minibatch of one checkpoint."""
 
     checkpoint: str = "odd_llama"
-    objective: Literal["holdout_matched", "npo", "retain"] = "holdout_matched"
+    objective: Literal["holdout_matched", "npo", "retain", "token_matched", "undial", "delete"] = "holdout_matched"
+    options: tuple[tuple[str, Any], ...] = ()
+    """Further settings of the objective."""
     gradient_batch: int = 9
     curvature_batch: int = 5
 
@@ -65,7 +67,8 @@ class Case:
     def __str__(self) -> str:
         problem = self.problem
         return (
-            f"{problem.checkpoint}-{problem.objective}-{problem.gradient_batch}-ranks{self.world_size}"
+            f"{problem.checkpoint}-{problem.objective}{''.join(f'-{value}' for _, value in problem.options)}"
+            f"-{problem.gradient_batch}-ranks{self.world_size}"
             f"-stage{self.zero_stage}-micro{self.micro_batch_size}-{self.mode}"
         )
 
@@ -88,13 +91,26 @@ class Plan:
     breaks_reductions: bool = False
 
 
+def objective_of(problem: Problem) -> ObjectiveConfig:
+    """The problem's objective section."""
+    return ObjectiveConfig(name=problem.objective, **dict(problem.options))
+
+
+def round_constants(corpus: EncodedCorpus) -> RoundConstants:
+    """Made-up constants of every record that may be drawn: no token's are like another's."""
+    indices = np.concatenate([FORGET, RETAIN])
+    counts = corpus.num_answer_tokens(indices)
+    values = np.random.default_rng(7).standard_normal((3, counts.sum()))
+    return RoundConstants(indices, counts, 4 + values[0], -4 + values[1], -2 + 2 * values[2])
+
+
 def round_spec(problem: Problem, micro_batch_size: int = 4, mode: str = "recompute") -> RoundSpec:
     """What the driver would send."""
     return RoundSpec(
         round_index=1,
         forget=FORGET,
         retain=RETAIN,
-        objective=ObjectiveConfig(name=problem.objective),
+        objective=objective_of(problem),
         solver=SCureNewtonConfig(
             gradient_batch=problem.gradient_batch,
             curvature_batch=problem.curvature_batch,
@@ -103,7 +119,7 @@ def round_spec(problem: Problem, micro_batch_size: int = 4, mode: str = "recompu
         ),
         curvature=CurvatureConfig(mode=mode, micro_batch_size=micro_batch_size),  # type: ignore[arg-type]
         holdout_loss=HOLDOUT_LOSS,
-        reference_nll=REFERENCE_NLL,
+        constants=round_constants(random_corpus()),
     )
 
 
@@ -152,20 +168,35 @@ def load_float64(path: str) -> torch.nn.Module:
     return model.double().eval()
 
 
-def loss_on(corpus: EncodedCorpus, problem: Problem, minibatch: Minibatch) -> Callable[[torch.nn.Module], torch.Tensor]:
-    """The objective on a minibatch, all of it at once, as a function of the module."""
-    objective = build_objective(ObjectiveConfig(name=problem.objective), HOLDOUT_LOSS)
+def loss_on(
+    corpus: EncodedCorpus, problem: Problem, minibatch: Minibatch, start: torch.nn.Module
+) -> Callable[[torch.nn.Module], torch.Tensor]:
+    """The objective on a minibatch, all of it at once, as a function of the module; the round began with `start`."""
+    objective = build_objective(objective_of(problem), HOLDOUT_LOSS)
     totals = minibatch_totals(corpus, minibatch)
     chosen = np.concatenate([minibatch.forget, minibatch.retain])
     tokens = collate(corpus, chosen)
     is_forget = torch.arange(len(chosen)) < len(minibatch.forget)
-    reference = torch.tensor([REFERENCE_NLL.get(int(index), float("nan")) for index in chosen], dtype=torch.float64)
+    known = round_constants(corpus)
+    starts = dict(zip(known.indices.tolist(), np.cumsum(known.num_tokens) - known.num_tokens, strict=True))
+    columns = [
+        [column[starts[int(i)] + k] for i in chosen for k in range(corpus.num_answer_tokens(chosen[chosen == i])[0])]
+        for column in (known.start_nll, known.start_log_odds, known.target_log_odds)
+    ]
+    constants = Constants(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+
+    record, position = (tokens.answer_mask & (torch.arange(tokens.answer_mask.shape[1]) > 0)).nonzero(as_tuple=True)
+    labels = tokens.input_ids[record, position]
+
+    def rows(module: torch.nn.Module) -> torch.Tensor:
+        logits = module(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False).logits
+        return logits[record, position - 1]
+
+    with torch.no_grad(), LiftFloat32Casts():
+        start_rows = rows(start)
 
     def loss(module: torch.nn.Module) -> torch.Tensor:
-        logits = module(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False).logits
-        record, position = (tokens.answer_mask & (torch.arange(tokens.answer_mask.shape[1]) > 0)).nonzero(as_tuple=True)
-        labels = tokens.input_ids[record, position]
-        return objective(Predictions(logits[record, position - 1], labels, record, is_forget, reference), totals)
+        return objective(Predictions(rows(module), labels, record, is_forget, constants, start_rows), totals)
 
     return loss
 
@@ -174,7 +205,7 @@ def compute_truth(folder: Path, corpus: EncodedCorpus, problem: Problem, vector:
     """`vector` is the direction of `hvp`, by parameter name."""
     model = load_float64(str(folder / problem.checkpoint))
     on_gradient, on_curvature = (
-        loss_on(corpus, problem, minibatch_of(problem, size))
+        loss_on(corpus, problem, minibatch_of(problem, size), model)
         for size in (problem.gradient_batch, problem.curvature_batch)
     )
     direction = {name: value.double() for name, value in vector.items()}

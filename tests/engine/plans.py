@@ -8,6 +8,8 @@ from tests.engine.cases import Case, Plan, Problem
 from tests.families import FAMILIES
 
 LLAMA, GEMMA = Problem(), Problem("gemma")
+TOKEN = Problem(objective="token_matched")
+ALTERNATIVES = Problem(objective="token_matched", options=(("retain", "kl"), ("alternatives_weight", 0.7)))
 UNEVEN = Problem(gradient_batch=3, curvature_batch=2)  # on 4 ranks, two ranks have no record at all
 CASES = (
     Case(LLAMA, 1, 0, 8, "recompute"),
@@ -22,9 +24,18 @@ CASES = (
     Case(LLAMA, 2, 3, 8, "recompute"),
     Case(Problem(objective="npo"), 2, 3, 3, "recompute"),
     Case(Problem(objective="retain"), 2, 1, 3, "recompute"),
+    Case(TOKEN, 1, 0, 8, "cached"),
+    Case(TOKEN, 2, 3, 1, "recompute"),
+    Case(TOKEN, 2, 1, 3, "cached"),
+    Case(ALTERNATIVES, 1, 3, 3, "recompute"),
+    Case(ALTERNATIVES, 2, 0, 8, "cached"),
+    Case(ALTERNATIVES, 2, 3, 3, "recompute"),
+    Case(Problem("gemma", "undial", options=(("retain", "log_odds"),)), 2, 3, 3, "cached"),
+    Case(Problem(objective="delete"), 2, 1, 8, "recompute"),
     Case(GEMMA, 2, 3, 3, "recompute"),
     Case(GEMMA, 2, 3, 8, "cached"),
     Case(LLAMA, 4, 0, 8, "recompute"),
+    Case(TOKEN, 4, 3, 3, "recompute"),
     Case(LLAMA, 4, 3, 1, "recompute"),
     Case(LLAMA, 4, 3, 3, "cached"),
     Case(LLAMA, 4, 3, 8, "recompute"),

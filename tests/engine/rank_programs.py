@@ -18,6 +18,7 @@ from distributed_unlearn.config import CurvatureConfig, ModelConfig, SaveConfig,
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.engine.inputs import local_micro_batches
+from distributed_unlearn.engine.minibatch import note_start_logits
 from distributed_unlearn.engine.worker import Worker
 from distributed_unlearn.errors import UserError
 from distributed_unlearn.objectives.build import build_objective
@@ -31,7 +32,6 @@ from tests.engine.cases import (
     HOLDOUT_LOSS,
     KRYLOV,
     KRYLOV_STEPS,
-    REFERENCE_NLL,
     SETTINGS,
     TRAINABLE,
     TRAINING,
@@ -121,12 +121,13 @@ def sweep(
         plan.corpus,
         minibatch_of(case.problem, size),
         build_objective(spec.objective, HOLDOUT_LOSS),
-        REFERENCE_NLL,
+        spec.constants,
         communicator.rank,
         communicator.world_size,
         case.micro_batch_size,
         communicator.device,
     )
+    note_start_logits(opened, opened.store, batches)
     gradient, product = torch.zeros_like(vector), torch.zeros_like(vector)
     shares = [micro.share for micro in batches]
     linearisation = Linearisation(opened.segmented, opened.store, shares, cached=case.mode == "cached")
@@ -156,7 +157,7 @@ def elements(worker: Worker, plan: Plan, stage: int) -> dict[str, int]:
 def _elements_of_calls(worker: Worker, plan: Plan, micro_batch_size: int) -> dict[str, int]:
     opened, communicator, spec = worker.opened, worker.communicator, round_spec(Problem())
     batches = local_micro_batches(
-        plan.corpus, minibatch_of(Problem(), 5), build_objective(spec.objective, HOLDOUT_LOSS), {},
+        plan.corpus, minibatch_of(Problem(), 5), build_objective(spec.objective, HOLDOUT_LOSS), spec.constants,
         communicator.rank, communicator.world_size, micro_batch_size, communicator.device,
     )  # fmt: skip
     assert (len(batches) > 1) == (micro_batch_size == 1)

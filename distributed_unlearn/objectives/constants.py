@@ -1,0 +1,88 @@
+"""What a round knows of every prediction before its first step: one float each, and never changed by a step.
+
+Known from the scoring pass that opens the round, so no second model stays in memory; plain arrays, so that a round
+that is taken up again goes on with the very same numbers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+
+def ragged_rows(num_tokens: Indices, at: Indices) -> Indices:
+    """Rows of the records `at`, where record r has `num_tokens[r]` rows and all records' rows lie end to end."""
+    starts, counts = np.cumsum(num_tokens) - num_tokens, num_tokens[at]
+    # Row k of the r-th wanted record is starts[at[r]] + k: one repeat instead of a loop over records.
+    shifts = starts[at] - (np.cumsum(counts) - counts)
+    return np.repeat(shifts, counts) + np.arange(counts.sum())
+
+
+def matched_targets(log_odds: Floats, sample: Floats) -> Floats:
+    """Log-odds of the same rank in another set: `s*_i = sample sorted at floor((rank_i + 1/2) K / N)`.
+
+    So the whole distribution is matched and not its mean: an unseen text has easy and hard tokens. Ranks are those of
+    `log_odds`, from 0, ties in order of position; a sample of one value gives that value, of another length its
+    quantiles.
+
+    Args:
+        log_odds: [N], of the predictions that are to be changed.
+        sample: [K], K at least 1, of predictions that the model was never trained on; any order.
+
+    Returns:
+        [N].
+    """
+    assert len(sample) > 0, "no holdout predictions"
+    ranks = np.empty(len(log_odds), dtype=np.int64)
+    ranks[np.argsort(log_odds, kind="stable")] = np.arange(len(log_odds))
+    # In whole numbers: a float product could round up to K.
+    return np.sort(sample)[(2 * ranks + 1) * len(sample) // (2 * max(len(log_odds), 1))]
+
+
+@dataclass(frozen=True, eq=False)
+class RoundConstants:
+    """R records, their N predictions end to end, each record's in the corpus's order."""
+
+    indices: Indices
+    """[R]: sorted, distinct."""
+    num_tokens: Indices
+    """[R]: predictions of each record."""
+    start_nll: Floats
+    """[N]: `-log p` of the label at the round's start, nats."""
+    start_log_odds: Floats
+    """[N]: its log-odds then."""
+    target_log_odds: Floats
+    """[N]: where its log-odds are to go; NaN for predictions without a target."""
+
+    def __post_init__(self) -> None:
+        lengths = [len(column) for column in (self.start_nll, self.start_log_odds, self.target_log_odds)]
+        assert set(lengths) == {int(self.num_tokens.sum())} and len(self.indices) == len(self.num_tokens)
+
+    @classmethod
+    def none(cls) -> "RoundConstants":
+        """For objectives that read none."""
+        indices, floats = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float64)
+        return cls(indices, indices, floats, floats, floats)
+
+    def rows(self, wanted: Indices, num_tokens: Indices) -> tuple[Floats, Floats, Floats]:
+        """`start_nll`, `start_log_odds` and `target_log_odds` of records end to end; NaN where nothing is known.
+
+        Args:
+            wanted: [W], records in any order.
+            num_tokens: [W], predictions of each.
+        """
+        at = np.searchsorted(self.indices, wanted)
+        known = np.zeros(len(wanted), dtype=np.bool_)
+        inside = at < len(self.indices)
+        known[inside] = self.indices[at[inside]] == wanted[inside]
+        assert np.array_equal(self.num_tokens[at[known]], num_tokens[known]), "constants of another corpus"
+        rows, filled = ragged_rows(self.num_tokens, at[known]), np.repeat(known, num_tokens)
+        columns = []
+        for column in (self.start_nll, self.start_log_odds, self.target_log_odds):
+            found = np.full(len(filled), np.nan)
+            found[filled] = column[rows]
+            columns.append(found)
+        return columns[0], columns[1], columns[2]
