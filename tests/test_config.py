@@ -40,6 +40,37 @@ def test_smallest_job_and_its_defaults():
     assert config.cluster.zero_stage == 3 and config.data.format == "question_answer"
 
 
+@pytest.mark.parametrize("method", ["scurenewton", "curenewton", "damped_newton", "pinv_newton", "adamw", "sgd"])
+def test_every_method_has_its_own_settings(method):
+    config = parse_job(job(solver={"method": method, "max_steps": 7, "stop": {"patience": 3}}), "job.yaml")
+    assert (config.solver.method, config.solver.max_steps, config.solver.stop.patience) == (method, 7, 3)
+    again = parse_job(config.model_dump(mode="json"), "its own dump")
+    assert again == config and type(again.solver) is type(config.solver)
+    assert "solver.max_stepz" in refuse(job(solver={"method": method, "max_stepz": 1}))
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "owner"),
+    [
+        ("adamw", "max_krylov_steps", "scurenewton"),
+        ("scurenewton", "learning_rate", "adamw, sgd"),
+        ("scurenewton", "damping", "damped_newton"),
+        ("damped_newton", "cubic_coefficient", "scurenewton, curenewton"),
+        ("sgd", "curvature_batch", "scurenewton, curenewton, damped_newton, pinv_newton"),
+    ],
+)
+def test_a_key_of_another_method_is_refused_by_name(method, key, owner):
+    message = refuse(job(solver={"method": method, key: 1}))
+    assert f"solver.{key}" in message and f"it belongs to solver.method {owner}" in message
+    assert f"solver.{method}" not in message  # the method is not a part of the key
+
+
+def test_a_method_that_is_none_is_refused():
+    for method in ("newton", 3, None):
+        message = refuse(job(solver={"method": method}))
+        assert "scurenewton, curenewton, damped_newton, pinv_newton, adamw or sgd" in message
+
+
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_every_job_file_parses(path):
     load_job(path, [])

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from distributed_unlearn.solvers.cubic import solve_cubic_dense, solve_cubic_tridiagonal, solve_secular
+from distributed_unlearn.solvers.cubic import (
+    solve_cubic_dense,
+    solve_cubic_spectrum,
+    solve_cubic_tridiagonal,
+    solve_secular,
+)
 from distributed_unlearn.solvers.solution import CubicSolution, Result
 
 
@@ -159,6 +164,38 @@ def test_zero_gradient() -> None:
     down = solve_cubic_dense(torch.diag(vector(-2, 5)), torch.zeros(2, dtype=torch.float64), 1.0)
     assert down.result is Result.hard_case
     assert down.coefficients == pytest.approx((4.0, 0.0)) and down.predicted_reduction == pytest.approx(16 / 3)
+
+
+@pytest.mark.parametrize("eigenvalues", [(1e300, 1e300), (-1e300, 1.0), (1.0, 1e300), (1.0, 1e91)])
+def test_numbers_that_no_float_can_square_are_refused(eigenvalues: tuple[float, ...]) -> None:
+    """A float32 product has no such entries: they are treated like infinity, and nothing divides by zero."""
+    for b in (vector(1, 1), vector(0, 1), vector(1e-12, 1e8)):
+        inner = solve_secular(vector(*eigenvalues), b, 1.0)
+        assert inner.result is Result.nonfinite and not inner.coordinates.any()
+        assert solve_cubic_dense(torch.diag(vector(*eigenvalues)), b, 1.0).result is Result.nonfinite
+
+
+@pytest.mark.parametrize("eigenvalues", [(1e90, 1e90), (-1e90, 1e90), (-1.0, 1e90), (1e88, 1e89)])
+@pytest.mark.parametrize("coefficient", [1e-8, 1.0, 1e12])
+def test_the_largest_numbers_are_solved(eigenvalues: tuple[float, ...], coefficient: float) -> None:
+    for b in (vector(1, 1), vector(0, 1), vector(1e90, 1), vector(1e-200, 1e-200), vector(1e-12, 1e8)):
+        inner = solve_secular(vector(*eigenvalues), b, coefficient)
+        assert inner.result in (Result.successful, Result.hard_case)
+        shifted = vector(*eigenvalues) + inner.gamma
+        # (lambda + gamma) s = -b but for the first entry in the hard case, where lambda + gamma is 0
+        wrong = (shifted * inner.coordinates + b).abs() / (b.abs() + 1e-300)
+        assert float(wrong[1]) < 1e-9 and math.isfinite(inner.predicted_reduction)
+        assert inner.alpha == pytest.approx(float(inner.coordinates.abs().max()), rel=0.5)
+
+
+def test_the_spectrum_is_enough() -> None:
+    h, g = TABLE["indefinite"]
+    eigenvalues, vectors = torch.linalg.eigh(h)
+    dense, known = solve_cubic_dense(h, g, 2.0), solve_cubic_spectrum(eigenvalues, vectors.T @ g, 2.0)
+    assert torch.allclose(vectors @ vector(*known.coefficients), vector(*dense.coefficients), rtol=1e-12)
+    assert (known.alpha, known.predicted_reduction) == pytest.approx((dense.alpha, dense.predicted_reduction))
+    assert known.residual_norm < 1e-12 and known.eigenvalues == pytest.approx(dense.eigenvalues)
+    assert solve_cubic_spectrum(eigenvalues * math.nan, g, 2.0).result is Result.nonfinite
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

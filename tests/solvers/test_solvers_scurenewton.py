@@ -11,7 +11,7 @@ from memory_oracle import MemoryOracle
 from distributed_unlearn.records import StepRecord
 from distributed_unlearn.solvers.adaptation import Adaptation, estimate_coefficient
 from distributed_unlearn.solvers.cubic import solve_cubic_dense
-from distributed_unlearn.solvers.inner.first_order import SgdSpec
+from distributed_unlearn.solvers.inner.first_order import AdamWSpec, SgdSpec
 from distributed_unlearn.solvers.methods.first_order import FirstOrder
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.protocols import Trial
@@ -144,6 +144,42 @@ def test_interpolated_rule_meets_a_cubic_objective() -> None:
     # after a rejection the coefficient is twice the estimate, see `Adaptation`
     assert record.num_rejections == 1 and record.cubic_coefficient == pytest.approx(100.0, rel=1e-6)
     assert record.acceptance_ratio > 1.0
+
+
+@pytest.mark.parametrize("shift", [-2.0, 0.0, 8.0])
+def test_the_difference_of_the_minibatches_stays_out_of_m(shift: float) -> None:
+    """Both minibatches have third derivative c; the curvature minibatch's Hessian is another by `shift`.
+
+    The trial's own error would add `-3 shift / ||y||` to c; the curvature minibatch's is c. The first estimate is taken
+    as it is (twice), the second by the geometric mean.
+    """
+    cubic = 5.0
+
+    def objective(curvature: float):  # noqa: ANN202
+        def loss(w: torch.Tensor, step: int) -> torch.Tensor:
+            return 10.0 - w.sum() + 0.5 * curvature * w @ w + cubic / 6 * (w @ w + 1e-300) ** 1.5
+
+        return loss
+
+    for first, expected in ((8.0, 2 * cubic), (500.0, 2 * cubic), (1e-2, 64e-2)):
+        oracle = MemoryOracle(objective(10.0), torch.zeros(3, dtype=torch.float64), objective(10.0 + shift))
+        solver = newton(oracle, cubic_coefficient=first, krylov_tolerance=0.0)
+        record = solver.step(0)
+        assert record.accepted and record.num_rejections == 0
+        assert solver.cubic_coefficient == pytest.approx(expected, rel=1e-6)
+    second = SCureNewton(oracle, SCureNewtonSettings(cubic_coefficient=8.0))
+    second.load_state_dict({"cubic_coefficient": 8.0, "has_measured": 1.0})
+    oracle.weights.zero_()
+    second.step(1)
+    assert second.cubic_coefficient == pytest.approx(math.sqrt(8.0 * 2 * cubic), rel=1e-6)
+
+
+def test_a_trial_on_one_minibatch_is_its_own_measure() -> None:
+    """Where both minibatches are one, nothing more is measured; the fixed and the factor rule never measure it."""
+    for curvature, settings in ((None, {}), (quadratic, {"adaptive": False}), (quadratic, {"adaptation": "factor"})):
+        oracle = MemoryOracle(quadratic, ORIGIN, curvature)
+        oracle.plain.curvature_loss = lambda: 1 / 0  # type: ignore[method-assign]
+        assert newton(oracle, **settings).step(0).accepted
 
 
 @pytest.mark.parametrize("inner", ["krylov", "gradient_descent"])
@@ -310,6 +346,27 @@ def test_settings_are_checked() -> None:
 def test_results_of_records_are_members() -> None:
     oracle = MemoryOracle(quadratic, ORIGIN)
     assert Result[newton(oracle).step(0).result] in Result
+
+
+@pytest.mark.parametrize("method", ["adamw", "sgd"])
+def test_first_order_steps_are_torchs(method: str) -> None:
+    """Three steps with weight decay, against torch's optimiser on one parameter."""
+    spec = AdamWSpec(0.1) if method == "adamw" else SgdSpec(0.1, momentum=0.9)
+    oracle, parameter = MemoryOracle(double_well, ORIGIN), torch.nn.Parameter(ORIGIN.clone())
+    solver = FirstOrder(oracle, spec, 0.05)
+    if method == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW([parameter], lr=0.05, weight_decay=0.1)
+    else:
+        optimizer = torch.optim.SGD([parameter], lr=0.05, weight_decay=0.1, momentum=0.9)
+    for step in range(3):
+        before = oracle.weights.clone()
+        record = solver.step(step)
+        optimizer.zero_grad()
+        double_well(parameter, step).backward()
+        optimizer.step()
+        assert torch.allclose(oracle.weights, parameter.detach(), rtol=1e-12)
+        assert record.update_norm == pytest.approx(float((oracle.weights - before).norm()), rel=1e-12)
+        assert record.actual_reduction is None and oracle.num_undone == 0
 
 
 def test_first_order_step() -> None:
