@@ -4,13 +4,15 @@ Both sides compute the same function with other graphs, so they differ by roundi
 thousand float64 operations, 1e-16 each, gives about 1e-14; EXACT leaves two orders of magnitude.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distributed_unlearn.curvature.precision import LiftFloat32Casts
 from distributed_unlearn.errors import ModelError
-from tests.bench import Bench
+from tests.bench import Bench, ModelWeights
 from tests.families import FAMILIES, VOCABULARY, RandomBatch, random_batch, tiny_model
 
 EXACT = 1e-12
@@ -117,25 +119,99 @@ def test_results_are_added(mode, batch):
 
 @pytest.mark.parametrize("mode", ["recompute", "cached"])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_micro_batches_add_up_and_an_empty_one_adds_nothing(product, mode, batch):
-    model = tiny_model("gemma", dtype=torch.float64)
-    whole = Bench(model, batch)
-    tangent = whole.tangent(5)
-    truth = whole.truth(tangent, product)
-    gradient, result, loss = whole.zeros(), whole.zeros(), 0.0
+def test_an_empty_micro_batch_adds_nothing(product, mode, batch):
+    *_, empty = uneven_parts(batch)
+    bench = Bench(tiny_model("gemma", dtype=torch.float64), empty, share=1)
+    gradient, result = bench.zeros(), bench.zeros()
+    loss = bench.linearise(product, mode).product(bench.vector(bench.tangent(5)), result, gradient)
+    assert float(loss) == 0 and not gradient.any() and not result.any()
+
+
+def uneven_parts(batch):
+    """One record; the others, narrower where they are padded; none at all. Their losses add up to the batch's."""
+    width = int(batch.attention_mask[1:].sum(1).max())
     attends_first = torch.zeros(1, 8, dtype=torch.long)
     attends_first[0, 0] = 1
     empty = RandomBatch(torch.zeros(1, 8, dtype=torch.long), attends_first, torch.zeros(1, 8, dtype=torch.bool))
-    for part in (RandomBatch(*(x[:1] for x in batch)), RandomBatch(*(x[1:] for x in batch)), empty):
-        bench = Bench(model, part, share=whole.num_tokens)
-        own_gradient, own_result = bench.zeros(), bench.zeros()
-        loss += float(bench.linearise(product, mode).product(bench.vector(tangent), own_result, own_gradient))
-        if part is empty:
-            assert not own_gradient.any() and not own_result.any()
-        gradient, result = gradient + own_gradient, result + own_result
-    assert abs(loss - float(truth.loss)) < EXACT * loss
-    assert relative_error(gradient, whole.flatten(truth.gradient)) < EXACT
-    assert relative_error(result, whole.flatten(truth.hvp)) < EXACT
+    parts = [RandomBatch(*(x[:1] for x in batch)), RandomBatch(*(x[1:, :width] for x in batch)), empty]
+    assert len({part.input_ids.shape for part in parts}) == 3
+    return parts
+
+
+def shares_of(bench, parts):
+    return [Bench(bench.model, part, share=bench.num_tokens).share() for part in parts]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_micro_batches_go_through_together(family, product, mode, batch):
+    """Uneven ones, in one pass: the truth of the whole batch, and what their own passes add up to."""
+    bench = Bench(tiny_model(family, dtype=torch.float64), batch)
+    tangent = bench.tangent(2)
+    truth, shares = bench.truth(tangent, product), shares_of(bench, uneven_parts(batch))
+    together = bench.linearise(product, mode, shares)
+    gradient, result, again = (bench.zeros() for _ in range(3))
+    both = together.product(bench.vector(tangent), result, gradient)
+    together.product(bench.vector(tangent), again)
+    for loss in (both, together.loss()):
+        assert loss.dtype == torch.float64 and abs(float(loss - truth.loss)) < EXACT * abs(float(truth.loss))
+    assert relative_error(gradient, bench.flatten(truth.gradient)) < EXACT
+    assert relative_error(result, bench.flatten(truth.hvp)) < EXACT
+    assert torch.equal(result, again)
+    own = bench.zeros()
+    for share in shares:
+        bench.linearise(product, mode, [share]).product(bench.vector(tangent), own)
+    assert relative_error(result, own) < EXACT
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_micro_batches_are_added_in_their_order(tied, mode, batch):
+    """In float32, bit for bit as passes of their own where every result is added once a micro-batch.
+
+    A tied embedding is not: its rows get the heads' results of all micro-batches first, then the inputs'.
+    """
+    bench = Bench(tiny_model("llama", tied), batch)
+    vector, shares = bench.vector(bench.tangent(2)), shares_of(bench, uneven_parts(batch))
+    (gradient, result), (own_gradient, own_result) = ((bench.zeros(), bench.zeros()) for _ in range(2))
+    bench.linearise(mode=mode, shares=shares).product(vector, result, gradient)
+    for share in shares:
+        bench.linearise(mode=mode, shares=[share]).product(vector, own_result, own_gradient)
+    for found, expected in ((gradient, own_gradient), (result, own_result)):
+        different = {n for n, value in bench.named(found).items() if not torch.equal(value, bench.named(expected)[n])}
+        assert different <= ({"model.embed_tokens.weight"} if tied else set())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("call", ["loss", "gradient", "product"])
+def test_a_pass_gathers_as_often_for_many_micro_batches_as_for_one(call, mode, batch):
+    counts = []
+    for parts in ([batch], uneven_parts(batch)):
+        bench = WatchedStore(tiny_model("llama", dtype=torch.float64), batch)
+        linearisation = bench.linearise(mode=mode, shares=shares_of(bench, parts))
+        vector, result = bench.vector(bench.tangent(2)), bench.zeros()
+        arguments = {"loss": (), "gradient": (result,), "product": (vector, result)}[call]
+        getattr(linearisation, call)(*arguments)
+        counts.append((bench.weights.num_gathers, bench.store.collectives.num_gathers))
+    assert counts[0] == counts[1] and counts[0][0] >= 3  # root and two blocks
+
+
+class WatchedStore(Bench):
+    """Counts how often a segment's weights are asked for."""
+
+    def __init__(self, model, batch):
+        super().__init__(model, batch)
+        self.weights = CountedWeights(model)
+        self.store = dataclasses.replace(self.store, source=self.weights)
+
+
+class CountedWeights(ModelWeights):
+    num_gathers = 0
+
+    def segment_weights(self, segment):
+        self.num_gathers += 1
+        return super().segment_weights(segment)
 
 
 @pytest.mark.parametrize("mode", ["recompute", "cached"])
