@@ -245,16 +245,25 @@ def half_precision(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
 
 
 def chosen_modes(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
-    """Cached or recompute, by budget, where some ranks have no record to measure."""
+    """Cached or recompute, and how many micro-batches in a pass, by budget; what the passes of a step move."""
     open_plain(worker, plan, "odd_llama", stage)
     found = {}
+
+    def moved(call: str, *arguments: Any) -> tuple[int, Any]:
+        before = worker.communicator.num_elements_moved
+        result = worker.oracle_call(call, *arguments)
+        return worker.communicator.num_elements_moved - before, result
+
     for name, budget in (("none", 1e-9), ("plenty", 1.0), ("default", None)):
-        spec = round_spec(Problem(gradient_batch=3, curvature_batch=2))
-        curvature = CurvatureConfig(mode="auto", memory_budget_gib=budget, micro_batch_size=4)
-        worker.begin_round(dataclasses.replace(spec, curvature=curvature))
-        worker.oracle_call("begin_step", 0, KRYLOV)
-        entry = worker.oracle_call("advance")
-        found[name] = worker.curvature_mode(), KrylovEntry(*entry)
+        curvature = CurvatureConfig(mode="auto", memory_budget_gib=budget, micro_batch_size=1)
+        worker.begin_round(dataclasses.replace(round_spec(Problem()), curvature=curvature))
+        worker.oracle_call("begin_step", 1, KRYLOV)  # measures, too
+        gradient, start = moved("begin_step", 0, KRYLOV)
+        _, entry = moved("advance")
+        product, _ = moved("advance")
+        trial, _ = moved("candidate", 0.0, 0.0)
+        counts = {"gradient": gradient, "product": product, "trial": trial}
+        found[name] = worker.curvature_mode(), start, KrylovEntry(*entry), counts
     return found
 
 

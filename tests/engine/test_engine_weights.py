@@ -81,12 +81,33 @@ def test_inner_descent_does_not_depend_on_the_number_of_ranks(world_size, stage,
 def test_all_ranks_choose_the_mode_together(world_size, stage, results):
     ranks = results.of(world_size, f"modes {stage}")
     assert all(rank == ranks[0] for rank in ranks)
-    cached = {name: mode.cached for name, (mode, _) in ranks[0].items()}
+    cached = {name: mode.cached for name, (mode, *_) in ranks[0].items()}
     assert cached == {"none": False, "plenty": True, "default": True}
-    sizes = {mode.cached_gib for mode, _ in ranks[0].values()}
+    sizes = {mode.cached_gib for mode, *_ in ranks[0].values()}
     assert len(sizes) == 1 and 1e-5 < sizes.pop() < 1e-2
-    entries = [entry.diagonal for _, entry in ranks[0].values()]
-    assert max(entries) - min(entries) < STEP * abs(entries[0])
+    for _, start, entry, _ in ranks[0].values():
+        _, other_start, other_entry, _ = ranks[0]["none"]
+        assert abs(start.loss - other_start.loss) < SUMS * other_start.loss
+        assert abs(start.gradient_norm - other_start.gradient_norm) < SUMS * other_start.gradient_norm
+        assert abs(entry.diagonal - other_entry.diagonal) < STEP * abs(other_entry.diagonal)
+
+
+@everywhere
+def test_a_step_gathers_once_a_pass_where_memory_allows(world_size, stage, results, checkpoints):
+    """Micro-batches of one record: with a budget for one at a time, each is a pass of its own."""
+    size = measure_model(AutoConfig.from_pretrained(checkpoints / "odd_llama"), "all", world_size, stage)
+    refresh = 0 if stage == 3 else size.layout.vector_numel * world_size  # of replicated weights, before the trial
+    loss = elements_per_loss(size, stage)
+    kept = elements_per_gradient(size, stage, True), elements_per_product(size, stage, True), loss + refresh
+    num_gradient, num_product = -(-9 // world_size), -(-5 // world_size)
+    alone = (
+        num_gradient * elements_per_gradient(size, stage, False),
+        num_product * elements_per_product(size, stage, False),
+        num_gradient * loss + refresh,
+    )
+    for rank in results.of(world_size, f"modes {stage}"):
+        counts = {name: tuple(mode_and_more[3].values()) for name, mode_and_more in rank.items()}
+        assert counts == {"none": alone, "plenty": kept, "default": kept}
 
 
 @everywhere
