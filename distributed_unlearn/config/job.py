@@ -48,6 +48,11 @@ class JobConfig(StrictModel):
                 raise ValueError("forget selects among the training records; path is for holdout only")
         if self.train is not None and self.train.exclude_forget and not self.forget_rounds:
             raise ValueError("train.exclude_forget without forget or rounds leaves nothing out; name what to leave out")
+        if self.unlearns and self.objective.uses_base_model and self.data.base_model is None:
+            raise ValueError(
+                "objective.target_from base_model without data.base_model; name the checkpoint before fine-tuning, or "
+                "take the targets from a holdout set"
+            )
         needs_holdout = self.objective.uses_holdout or self.solver.stop.forget_matches_holdout
         if self.unlearns and needs_holdout and self.holdout is None:
             raise ValueError(

@@ -14,6 +14,9 @@ class StopConfig(StrictModel):
     """Stop once the forget set is as hard as the holdout set and the retain loss is back where it was."""
     forget_tolerance_nats: float = Field(default=0.15, gt=0.0)
     """Allowed mean distance between a forget record's mean loss and the holdout loss, nats per token."""
+    level: float = Field(default=0.05, gt=0.0, lt=1.0)
+    """token_matched: level of the two-sample test that is to find no difference between the log-odds of forget and of
+    holdout tokens; it takes the place of `forget_tolerance_nats`."""
     retain_tolerance_nats: float = Field(default=0.05, gt=0.0)
     """Allowed rise of the loss on a fixed sample of the retain set since the round began, nats per token."""
     patience: int = Field(default=2, ge=1)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distributed_unlearn.config.base import StrictModel
 
@@ -33,12 +33,30 @@ class ObjectiveConfig(StrictModel):
     """holdout_matched: shape of the two-sided distance to the holdout loss."""
     huber_delta: float = Field(default=1.0, gt=0.0)
     """holdout_matched: nats per token, token_matched: log-odds, at which the Huber penalty turns linear."""
+    target_from: Literal["holdout", "base_model"] = "holdout"
+    """token_matched: where forget tokens' log-odds are to go. `holdout`: to those of the holdout set's tokens, rank by
+    rank; a text never seen has easy and hard tokens. `base_model`: each token to its own log-odds in
+    `data.base_model`, the checkpoint before fine-tuning, for users who hold nothing out."""
+    order: Literal["start", "refreshed"] = "start"
+    """token_matched with a holdout set: the ranks. `start`: those at the round's start, a fixed objective.
+    `refreshed`: those of each token's last seen log-odds: targets follow tokens that overtake others, as they do
+    where some records share what they say with retained ones."""
     alternatives_weight: float = Field(default=0.0, ge=0.0)
     """token_matched: weight of keeping the round-start distribution over the tokens beside the label, so that what the
     label loses goes where the model had already thought of; nearer to a retrained model token by token, at the cost
     of another forward pass a step."""
     undial_strength: float = Field(default=10.0, gt=0.0)
     """undial: by how much the label's logit is lowered (3 to 30 in Dong et al. 2024)."""
+
+    @model_validator(mode="after")
+    def _belongs_to_token_matched(self) -> "ObjectiveConfig":
+        own = {"order": "start", "target_from": "holdout", "alternatives_weight": 0.0}
+        foreign = [key for key, value in own.items() if getattr(self, key) != value]
+        if foreign and self.name != "token_matched":
+            raise ValueError(f"{', '.join(foreign)} belong to token_matched; remove them or choose that objective")
+        if self.order == "refreshed" and self.target_from != "holdout":
+            raise ValueError("order refreshed ranks against a holdout set; with target_from base_model leave it out")
+        return self
 
     @property
     def retain_term(self) -> Literal["log_odds", "loss", "kl"]:
@@ -48,6 +66,16 @@ class ObjectiveConfig(StrictModel):
         return "log_odds" if self.name == "token_matched" else "loss"
 
     @property
+    def uses_log_odds(self) -> bool:
+        """Whether forget tokens are looked at one by one, by their log-odds."""
+        return self.name == "token_matched"
+
+    @property
+    def uses_base_model(self) -> bool:
+        """Whether the checkpoint before fine-tuning says where forget tokens are to go."""
+        return self.uses_log_odds and self.target_from == "base_model"
+
+    @property
     def uses_holdout(self) -> bool:
         """Whether the objective cannot do without a holdout set."""
-        return self.name in ("holdout_matched", "token_matched")
+        return self.name == "holdout_matched" or (self.uses_log_odds and self.target_from == "holdout")

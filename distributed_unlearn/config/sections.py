@@ -45,6 +45,8 @@ class DataConfig(StrictModel):
     name: str | None = None
     """Hub data set configuration name."""
     split: str = "train"
+    base_model: str | None = None
+    """The checkpoint before it was trained on these records, folder or Hub name: objective.target_from base_model."""
     format: Literal["question_answer", "text", "chat", "classification", "image"] = "question_answer"
     """`classification`: text and label columns; `image`: image and label columns (see model.task)."""
     id_field: str = "record_id"

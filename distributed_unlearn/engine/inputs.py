@@ -57,10 +57,13 @@ class MicroBatchLoss:
     ) -> None:
         self._batch, self._is_forget, self._constants = batch, is_forget, constants
         self._objective, self._totals = objective, totals
+        self._notes_log_odds = objective.forget_needs is not None and objective.forget_needs.target
         self.start_logits: Tensor | None = None
         """The batch's logits [N, V] at the round's first weights, where the objective reads them."""
         self.terms: dict[str, Tensor] = {}
         """The objective's parts at the last call, local shares; tensors: reading a number waits for the device."""
+        self.log_odds: Tensor | None = None
+        """[N]: those of the labels at the last call, where an objective over tokens was computed."""
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [N, V] of the batch's predictions -> scalar."""
@@ -70,6 +73,7 @@ class MicroBatchLoss:
         )
         loss = self._objective(predictions, self._totals)
         self.terms = self._objective.terms(predictions, self._totals)
+        self.log_odds = predictions.log_odds.detach() if self._notes_log_odds else None
         return loss
 
 
@@ -89,6 +93,8 @@ class NotedLogits:
 class MicroBatch:
     """Model inputs and loss of one micro-batch on this rank."""
 
+    records: Indices
+    """Empty where the batch has but one row that predicts nothing."""
     batch: PredictionBatch
     loss: MicroBatchLoss
 
@@ -128,7 +134,7 @@ def local_micro_batches(
         is_forget[: len(chosen)] = torch.from_numpy(positions < num_forget)
         known = _known(constants, corpus, chosen, device)
         loss = MicroBatchLoss(batch, is_forget.to(device), known, objective, totals)
-        result.append(MicroBatch(batch, loss))
+        result.append(MicroBatch(chosen, batch, loss))
     return result
 
 

@@ -23,6 +23,7 @@ from distributed_unlearn.engine.memory import free_bytes
 from distributed_unlearn.engine.model import OpenedModel
 from distributed_unlearn.engine.weights import FormerWeights
 from distributed_unlearn.objectives.build import build_objective
+from distributed_unlearn.objectives.constants import LastSeen
 from distributed_unlearn.solvers.protocols import LossAndTerms
 from distributed_unlearn.workers.messages import RoundSpec
 
@@ -103,6 +104,9 @@ class MinibatchObjective:
         if any(need.start_logits for need in needs):
             former = FormerWeights(opened.weights, opened.store.compute_dtype)
             self._start = SegmentStore(opened.layout, opened.communicator, former, opened.store.compute_dtype)
+        self.last_seen = LastSeen(spec.constants) if spec.objective.order == "refreshed" else None
+        """Where targets follow the ranks of log-odds last seen; part of what a round that is taken up again needs."""
+        self._constants = spec.constants
         self._gradient_batches: list[MicroBatch] = []
         self._curvature_minibatch: Minibatch | None = None
         self._curvature_batches: list[MicroBatch] | None = None
@@ -121,6 +125,8 @@ class MinibatchObjective:
             draw(solver.seed, spec.round_index, step_index, "forget", spec.forget, num_forget),
             draw(solver.seed, spec.round_index, step_index, "retain", spec.retain, num_retain),
         )
+        if self.last_seen is not None:
+            self._constants = self.last_seen.constants()
         self._gradient_batches = self._micro_batches(minibatch)
         self._curvature_batches = None
         self._curvature_minibatch = minibatch
@@ -137,6 +143,7 @@ class MinibatchObjective:
         self._note_start(self._gradient_batches, memory.gradient_group)
         for group in _groups(self._gradient_batches, memory.gradient_group):
             local += self._linearise(group, keep_forward=memory.keep_forward).gradient(gradient).cpu()
+        self._note_log_odds()
         if exact_loss and self._opened.exact_store is not self._opened.store:
             local = self._local_loss(self._gradient_batches)
         names = sorted(self._gradient_batches[0].loss.terms)
@@ -206,12 +213,24 @@ class MinibatchObjective:
             self._corpus,
             minibatch,
             self._objective,
-            self._spec.constants,
+            self._constants,
             communicator.rank,
             communicator.world_size,
             self._spec.curvature.micro_batch_size,
             communicator.device,
         )
+
+    def _note_log_odds(self) -> None:
+        """Tell every rank the log-odds that the gradient pass came by. All ranks must call this."""
+        if self.last_seen is None:
+            return
+        seen = []
+        for micro in self._gradient_batches:
+            assert micro.loss.log_odds is not None
+            seen.append((micro.records, micro.loss.log_odds.double().cpu().numpy()))
+        for of_rank in self._opened.communicator.gather_objects(seen):
+            for records, log_odds in of_rank:  # type: ignore[attr-defined]
+                self.last_seen.note(records, self._corpus.num_answer_tokens(records), log_odds)
 
     def _note_start(self, batches: list[MicroBatch], together: int) -> None:
         """Logits at the round's start, once for each micro-batch and where they are read. All ranks must call this."""

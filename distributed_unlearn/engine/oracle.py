@@ -1,11 +1,15 @@
 """The `StepOracle` on shards: a `VectorOracle` over ZeRO partitions."""
 
+import torch
+
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.engine.decay import decay_mask
 from distributed_unlearn.engine.minibatch import MinibatchObjective
 from distributed_unlearn.engine.model import OpenedModel
-from distributed_unlearn.solvers.oracle import VectorOracle
+from distributed_unlearn.solvers.oracle import OracleState, VectorOracle
 from distributed_unlearn.workers.messages import RoundSpec
+
+_LAST_SEEN = "last_seen_log_odds"
 
 
 class ShardedOracle(VectorOracle):
@@ -20,6 +24,20 @@ class ShardedOracle(VectorOracle):
             seed=spec.solver.seed * 1_000_003 + spec.round_index,
             decays=lambda: decay_mask(opened),
         )
+
+    def state_dict(self) -> OracleState:
+        """See `VectorOracle.state_dict`; with the log-odds that targets were ranked by, the same on every rank."""
+        state = super().state_dict()
+        if self._minibatch.last_seen is not None:
+            state["vectors"][_LAST_SEEN] = torch.from_numpy(self._minibatch.last_seen.values)
+        return state
+
+    def load_state_dict(self, state: OracleState) -> None:
+        """See `VectorOracle.load_state_dict`."""
+        vectors = dict(state["vectors"])
+        if self._minibatch.last_seen is not None:
+            self._minibatch.last_seen.values = vectors.pop(_LAST_SEEN).cpu().numpy().copy()
+        super().load_state_dict({"vectors": vectors, "numbers": state["numbers"]})
 
     @property
     def cached(self) -> bool | None:

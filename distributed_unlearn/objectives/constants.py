@@ -4,7 +4,7 @@ Known from the scoring pass that opens the round, so no second model stays in me
 that is taken up again goes on with the very same numbers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,8 @@ class RoundConstants:
     """[N]: its log-odds then."""
     target_log_odds: Floats
     """[N]: where its log-odds are to go; NaN for predictions without a target."""
+    sample: Floats
+    """[K]: log-odds of holdout predictions, from which targets are taken by rank; empty where they are not."""
 
     def __post_init__(self) -> None:
         lengths = [len(column) for column in (self.start_nll, self.start_log_odds, self.target_log_odds)]
@@ -65,7 +67,7 @@ class RoundConstants:
     def none(cls) -> "RoundConstants":
         """For objectives that read none."""
         indices, floats = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float64)
-        return cls(indices, indices, floats, floats, floats)
+        return cls(indices, indices, floats, floats, floats, floats)
 
     def rows(self, wanted: Indices, num_tokens: Indices) -> tuple[Floats, Floats, Floats]:
         """`start_nll`, `start_log_odds` and `target_log_odds` of records end to end; NaN where nothing is known.
@@ -86,3 +88,28 @@ class RoundConstants:
             found[filled] = column[rows]
             columns.append(found)
         return columns[0], columns[1], columns[2]
+
+
+class LastSeen:
+    """Targets by rank of every forget prediction's last seen log-odds (`order: refreshed`).
+
+    Seen is what a gradient pass has come by; until then a prediction counts as it was at the round's start. The same
+    on every rank, which all note the same; `values` is all there is to remember.
+    """
+
+    def __init__(self, constants: RoundConstants) -> None:
+        self._constants, self.values = constants, constants.start_log_odds.copy()
+        self._wanted = ~np.isnan(constants.target_log_odds)
+
+    def note(self, indices: Indices, num_tokens: Indices, log_odds: Floats) -> None:
+        """Log-odds of some records' predictions end to end; records without constants are passed over."""
+        known = np.isin(indices, self._constants.indices)
+        at = np.searchsorted(self._constants.indices, indices[known])
+        assert np.array_equal(self._constants.num_tokens[at], num_tokens[known]), "predictions of another corpus"
+        self.values[ragged_rows(self._constants.num_tokens, at)] = log_odds[np.repeat(known, num_tokens)]
+
+    def constants(self) -> RoundConstants:
+        """The round's constants with the targets of now."""
+        known, target = self._constants, self._constants.target_log_odds.copy()
+        target[self._wanted] = matched_targets(self.values[self._wanted], known.sample)
+        return replace(known, target_log_odds=target)

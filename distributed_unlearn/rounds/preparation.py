@@ -49,6 +49,8 @@ def prepare(job: JobConfig) -> PreparedData:
     require_safetensors(job.model.path)
     if job.retrained is not None and job.train is None:
         require_safetensors(job.retrained)
+    if job.data.base_model is not None and job.unlearns and job.objective.uses_base_model:
+        require_safetensors(job.data.base_model)
     return prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
 
 

@@ -15,12 +15,12 @@ from distributed_unlearn.data.sampling import draw
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.records import RoundRecord, StepRecord
-from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, score, summarise
+from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, evidence, score, summarise
 from distributed_unlearn.rounds.events import OnStep
 from distributed_unlearn.rounds.methods import OuterSolver, build_solver
-from distributed_unlearn.rounds.opening import drawn_retain_records, opening_constants
+from distributed_unlearn.rounds.opening import Unseen, drawn_retain_records, opening_constants
 from distributed_unlearn.rounds.verdict import judge
-from distributed_unlearn.solvers.stopping import StoppingRule
+from distributed_unlearn.solvers.stopping import StoppingRule, TwoSampleRule
 from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.messages import RoundSpec
 from distributed_unlearn.workers.remote_oracle import RemoteOracle
@@ -73,16 +73,33 @@ class _Watch:
     """Measures what the stopping rule needs, as rarely as it can."""
 
     def __init__(
-        self, workers: Workers, task: RoundTask, holdout_loss: float | None, scores: Scores, started: float
+        self,
+        workers: Workers,
+        task: RoundTask,
+        holdout_loss: float | None,
+        unseen: Unseen,
+        scores: Scores,
+        started: float,
     ) -> None:
         self._workers, self._task, self._started = workers, task, started
         self._holdout_loss = holdout_loss if task.solver.stop.forget_matches_holdout else None
         retain = np.intersect1d(task.retain, scores.indices)
         self._probe = draw(task.solver.seed, task.round_index, 0, "probe", retain, _NUM_PROBE_RECORDS)
         stop = task.solver.stop
-        self._tolerance = stop.forget_tolerance_nats
         self._initial_retain_loss = float(scores.of(np.sort(self._probe)).mean_losses.mean())
-        self._rule = StoppingRule(
+        self._by_tokens: TwoSampleRule | None = None
+        if self._holdout_loss is not None and task.objective.uses_log_odds and unseen.holdout is not None:
+            num_predictions = int(scores.of(np.sort(task.forget)).num_tokens.sum())
+            self._by_tokens = TwoSampleRule(
+                unseen.holdout.log_odds,
+                num_predictions,
+                stop.level,
+                self._initial_retain_loss,
+                stop.retain_tolerance_nats,
+                stop.patience,
+                stop.max_seconds,
+            )
+        self._rule = self._by_tokens or StoppingRule(
             self._holdout_loss,
             self._initial_retain_loss,
             stop.forget_tolerance_nats,
@@ -100,10 +117,13 @@ class _Watch:
         if not accepted or (self._holdout_loss is not None and skipped):
             return self._rule.timeout(step, time.monotonic() - self._started), measured
         if self._holdout_loss is not None:
-            losses = score(self._workers, self._task.forget, batch).mean_losses
-            distance = float(np.abs(losses - self._holdout_loss).mean())
+            if self._by_tokens is not None:
+                distance = self._by_tokens.distance(evidence(self._workers, self._task.forget, batch).log_odds)
+            else:
+                losses = score(self._workers, self._task.forget, batch).mean_losses
+                distance = float(np.abs(losses - self._holdout_loss).mean())
             measured["forget_distance"] = distance
-            if distance <= self._tolerance:
+            if distance <= self._rule.forget_tolerance:
                 retain_loss = float(score(self._workers, self._probe, batch).mean_losses.mean())
                 measured["retain_probe_excess"] = retain_loss - self._initial_retain_loss
         return self._rule.update(step, distance, retain_loss, time.monotonic() - self._started), measured
@@ -128,7 +148,7 @@ def _take_steps(task: RoundTask, solver: OuterSolver, watch: _Watch, on_step: On
     return steps, f"max_steps: all {task.solver.max_steps} steps were taken"
 
 
-def run_round(workers: Workers, task: RoundTask, start: Scores, on_step: OnStep) -> RoundRecord:
+def run_round(workers: Workers, task: RoundTask, start: Scores, unseen: Unseen, on_step: OnStep) -> RoundRecord:
     """Run one round on the workers' current weights and leave the new weights there.
 
     Args:
@@ -136,6 +156,7 @@ def run_round(workers: Workers, task: RoundTask, start: Scores, on_step: OnStep)
         task: The round.
         start: All records of `scored_sets(task)` at the start of the job. What an unseen record is like is taken from
             there: an earlier round may have damaged the weights, and then everything is hard.
+        unseen: What targets of single tokens are taken from, at the start of the job too.
         on_step: Told of each step.
 
     Raises:
@@ -148,7 +169,7 @@ def run_round(workers: Workers, task: RoundTask, start: Scores, on_step: OnStep)
     holdout_loss = None if holdout is None else holdout.loss_nats_per_token
     objective = build_objective(task.objective, holdout_loss)
     retain = drawn_retain_records(objective, task.solver, task.round_index, task.retain)
-    constants = opening_constants(workers, objective, task.forget, retain, task.holdout, batch)
+    constants = opening_constants(workers, objective, task.forget, retain, unseen, batch)
     spec = RoundSpec(
         task.round_index,
         task.forget,
@@ -161,7 +182,7 @@ def run_round(workers: Workers, task: RoundTask, start: Scores, on_step: OnStep)
     )
     workers.begin_round(spec)
     stepping = time.monotonic()
-    watch = _Watch(workers, task, holdout_loss, scores, stepping)
+    watch = _Watch(workers, task, holdout_loss, unseen, scores, stepping)
     steps, reason = _take_steps(task, build_solver(RemoteOracle(workers.group), task.solver), watch, on_step)
     wall_seconds = time.monotonic() - stepping
     after, now = evaluate_sets(workers, sets, batch)

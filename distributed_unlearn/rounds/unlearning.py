@@ -7,16 +7,19 @@ import numpy as np
 
 from distributed_unlearn.config import JobConfig, ModelConfig
 from distributed_unlearn.data.prepare import PreparedData
+from distributed_unlearn.errors import ModelError
 from distributed_unlearn.evaluation.metrics import tug_of_war
 from distributed_unlearn.files import complete_folder, expand_home
 from distributed_unlearn.provenance import hash_folder
 from distributed_unlearn.records import RoundRecord, RunRecord, SetScores, StepRecord, SurvivingUpdate, run_verdict
 from distributed_unlearn.report.card import model_card
-from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets
+from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, evidence
+from distributed_unlearn.rounds.opening import Unseen
 from distributed_unlearn.rounds.origin import model_to_open
 from distributed_unlearn.rounds.preparation import Session
 from distributed_unlearn.rounds.result import begin_record, card_lines, result_mark, result_papers, write_record
 from distributed_unlearn.rounds.round import RoundTask, run_round, score_start
+from distributed_unlearn.workers.evidence import PredictionEvidence
 
 _COMPARED = ("forget", "retain", "holdout")
 
@@ -29,12 +32,13 @@ def unlearn(session: Session) -> RunRecord:
     """
     job, data, workers = session.run.job, session.run.data, session.workers
     reference = _score_reference(session)
+    base = _score_base(session)
     model = model_to_open(job.model, data.commit)
     with session.events.stage(f"loading {job.model.path} at ZeRO stage {job.cluster.zero_stage}"):
         facts = workers.open_model(model, job.model.dtype, job.cluster.zero_stage)
     session.events.opened(facts)
     session.log.log("model", 0, asdict(facts))
-    rounds = _run_rounds(session, reference)
+    rounds = _run_rounds(session, reference, base)
     mode = workers.curvature_mode()
     with session.events.stage("writing and reading back the checkpoint"):
         survival, files = _write_checkpoint(session, model, rounds)
@@ -81,14 +85,41 @@ def _score_reference(session: Session) -> dict[str, SetScores] | None:
         return evaluate_sets(workers, _sets(data, last), 2 * job.curvature.micro_batch_size)[0]
 
 
-def _run_rounds(session: Session, reference: dict[str, SetScores] | None) -> list[RoundRecord]:
+def _score_base(session: Session) -> PredictionEvidence | None:
+    """The forget sets' tokens by the checkpoint before fine-tuning, if the objective takes its targets from there.
+
+    Raises:
+        ModelError: a checkpoint with another vocabulary.
+    """
+    job, data, workers = session.run.job, session.run.data, session.workers
+    if job.data.base_model is None or not job.objective.uses_base_model:
+        return None
+    with session.events.stage(f"scoring the base model {job.data.base_model}"):
+        path = expand_home(job.data.base_model)
+        facts = workers.open_model(
+            job.model.model_copy(update={"path": path, "revision": None}), job.model.dtype, job.cluster.zero_stage
+        )
+        largest = int(data.corpus.tokens.max())
+        if facts.vocab_size is not None and largest >= facts.vocab_size:
+            raise ModelError(
+                f"a token id {largest} in the records and a base model of {facts.vocab_size} tokens",
+                "the checkpoint that was fine-tuned, with the same tokenizer",
+                "correct data.base_model, or take objective.target_from holdout",
+            )
+        return evidence(workers, np.concatenate(data.partition.forget_rounds), 2 * job.curvature.micro_batch_size)
+
+
+def _run_rounds(
+    session: Session, reference: dict[str, SetScores] | None, base: PredictionEvidence | None
+) -> list[RoundRecord]:
     job, data = session.run.job, session.run.data
     rounds: list[RoundRecord] = []
     tasks = [_task(session, index) for index in range(len(data.partition.forget_rounds))]
     with session.events.stage("scoring all sets at the start of the job"):
         start = score_start(session.workers, tasks)
+        unseen = _unseen(session, base)
     for index, task in enumerate(tasks):
-        record = _run_round(session, task, start, len(tasks))
+        record = _run_round(session, task, start, unseen, len(tasks))
         if reference is not None and index == len(tasks) - 1 and not scores_samples(job, data):
             keys = tuple(name for name in _COMPARED if name in reference)
             record = replace(record, tug_of_war=tug_of_war(record.after, reference, keys))
@@ -112,7 +143,15 @@ def _task(session: Session, index: int) -> RoundTask:
     )
 
 
-def _run_round(session: Session, task: RoundTask, start: Scores, num_rounds: int) -> RoundRecord:
+def _unseen(session: Session, base: PredictionEvidence | None) -> Unseen:
+    """The holdout set's tokens, where an objective or a stopping rule over tokens reads them."""
+    job, holdout = session.run.job, session.run.data.partition.holdout
+    if not job.objective.uses_log_odds or not len(holdout):
+        return Unseen(base=base)
+    return Unseen(evidence(session.workers, holdout, 2 * job.curvature.micro_batch_size), base)
+
+
+def _run_round(session: Session, task: RoundTask, start: Scores, unseen: Unseen, num_rounds: int) -> RoundRecord:
     job, log = session.run.job, session.log
     with session.events.round(task.round_index, num_rounds, job.solver.max_steps) as tell:
 
@@ -120,7 +159,7 @@ def _run_round(session: Session, task: RoundTask, start: Scores, num_rounds: int
             log.log(f"round_{task.round_index + 1}/step", record.step, {**asdict(record), **measured})
             tell(record, measured)
 
-        return run_round(session.workers, task, start, on_step)
+        return run_round(session.workers, task, start, unseen, on_step)
 
 
 def _write_checkpoint(

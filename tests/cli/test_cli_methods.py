@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from command_line import Outcome, assert_refused, call, succeed
+from safetensors.torch import load_file, save_file
 from tiny_job import TinyJob, first_order
 
+NO_STOP = "solver.stop.forget_matches_holdout=false"
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -48,6 +50,33 @@ def test_every_objective_takes_a_cubic_step(objective, sign, tiny: TinyJob, tmp_
     assert step["accepted"] and step["actual_reduction"] > 0 and record["rounds"][0]["update_norm"] > 0
     assert sign == 0 or _change(record, "forget") > 0
     assert objective != "retain" or _change(record, "retain") < 0
+
+
+def test_targets_by_rank_follow_the_tokens(tiny: TinyJob, tmp_path, capsys):
+    """The first step is the same; afterwards tokens have overtaken others, and their targets are other ones."""
+    losses = []
+    for order in ("start", "refreshed"):
+        overrides = ("objective.name=token_matched", f"objective.order={order}", first_order("adamw", 1e-2, 3))
+        succeed(capsys, tiny.run(tmp_path / order, *overrides))
+        steps = json.loads((tmp_path / order / "record.json").read_text())["rounds"][0]["steps"]
+        losses.append([step["loss"] for step in steps])
+    assert losses[0][0] == losses[1][0] and losses[0][2] != losses[1][2]
+
+
+def test_targets_from_the_base_model(tiny: TinyJob, tmp_path, capsys):
+    """No holdout set: every forget token is to be as likely as in another checkpoint."""
+    base = tiny.copy_model(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 1.3 * value for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    token = ("objective.name=token_matched", "objective.target_from=base_model", "holdout=null", NO_STOP)
+    _, step, _ = _one_step(tiny, capsys, tmp_path / "out", *token, f"data.base_model={base}")
+    assert step["accepted"] and step["terms"]["forget_term"] > 0 and step["terms"]["retain_term"] < 1e-9
+    # The checkpoint itself as its own base: every token is where it is to go.
+    same = (*token, f"data.base_model={tiny.model}", "objective.retain=loss")
+    _, step, _ = _one_step(tiny, capsys, tmp_path / "same", *same)
+    assert step["terms"]["forget_term"] < 1e-9
+    refused = call(capsys, tiny.run(tmp_path / "no", *token))
+    assert_refused(refused, 3, "configuration", "target_from base_model without data.base_model")
 
 
 def test_methods_without_curvature_say_so(tiny: TinyJob, tmp_path, capsys):

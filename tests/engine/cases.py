@@ -101,7 +101,7 @@ def round_constants(corpus: EncodedCorpus) -> RoundConstants:
     indices = np.concatenate([FORGET, RETAIN])
     counts = corpus.num_answer_tokens(indices)
     values = np.random.default_rng(7).standard_normal((3, counts.sum()))
-    return RoundConstants(indices, counts, 4 + values[0], -4 + values[1], -2 + 2 * values[2])
+    return RoundConstants(indices, counts, 4 + values[0], -4 + values[1], -2 + 2 * values[2], np.empty(0))
 
 
 def round_spec(problem: Problem, micro_batch_size: int = 4, mode: str = "recompute") -> RoundSpec:
