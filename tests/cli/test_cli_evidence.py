@@ -80,7 +80,7 @@ def test_a_crash_before_the_record_leaves_no_other_record(tiny: TinyJob, tmp_pat
 def test_a_failed_replacement_keeps_the_record(tiny: TinyJob, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
     succeed(capsys, tiny.run(output, "solver.max_steps=1"))
-    monkeypatch.setattr("distributed_unlearn.engine.worker.write_tokenizer", _crash)
+    monkeypatch.setattr("distributed_unlearn.engine.export.write_tokenizer", _crash)
     with pytest.raises(RuntimeError, match="a crash"):
         call(capsys, tiny.run(output, "solver.max_steps=2", "overwrite=true"))
     _assert_record_is_of_the_checkpoint(output)

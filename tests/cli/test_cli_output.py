@@ -85,7 +85,7 @@ def test_a_crash_while_writing_leaves_nothing(error, tiny: TinyJob, tmp_path, ca
         written.extend(path.name for path in folder.iterdir())
         raise error
 
-    monkeypatch.setattr("distributed_unlearn.engine.worker.write_tokenizer", crash)
+    monkeypatch.setattr("distributed_unlearn.engine.export.write_tokenizer", crash)
     arguments = tiny.run(tmp_path / "out", "solver.max_steps=1")
     if isinstance(error, KeyboardInterrupt):
         outcome = call(capsys, arguments)
@@ -128,7 +128,7 @@ def test_a_failed_replacement_keeps_the_old(tiny: TinyJob, tmp_path, capsys, mon
     def crash(*arguments: object) -> None:
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("distributed_unlearn.engine.worker.write_tokenizer", crash)
+    monkeypatch.setattr("distributed_unlearn.engine.export.write_tokenizer", crash)
     with pytest.raises(RuntimeError, match="disk full"):
         call(capsys, tiny.run(output, "solver.max_steps=2", "overwrite=true"))
     assert {path.name: path.read_bytes() for path in (output / "checkpoint").iterdir()} == before

@@ -13,7 +13,7 @@ from distributed_unlearn.cli import INCOMPLETE, main
 pytestmark = pytest.mark.usefixtures("quick")
 
 TRAIN = ("train.epochs=60", "train.batch_size=6", "train.learning_rate=1e-2", "train.zero_stage=2")
-ADAMW = ("solver.method=adamw", "solver.gradient_batch=12", "solver.stop.forget_matches_holdout=true")
+ADAMW = ("solver={method: adamw, gradient_batch: 12, stop: {forget_matches_holdout: true}}",)
 FORGETS = (*ADAMW, "solver.max_steps=40", "solver.learning_rate=5e-3", "solver.stop.forget_tolerance_nats=0.5")
 NOTHING = {
     "one step": (*ADAMW, "solver.max_steps=1", "solver.learning_rate=2e-4"),
