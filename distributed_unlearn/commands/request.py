@@ -12,7 +12,7 @@ from distributed_unlearn.config.service import RequestsConfig, load_service
 from distributed_unlearn.data.selection import read_ids
 from distributed_unlearn.errors import RequestError
 from distributed_unlearn.service.canonical import read_date
-from distributed_unlearn.service.ledger import Ledger, open_ledger
+from distributed_unlearn.service.ledger import Ledger, open_ledger, service_ledger
 from distributed_unlearn.service.requests import (
     ErasureRequest,
     NewRequest,
@@ -37,8 +37,11 @@ def run_request(arguments: argparse.Namespace, console: Console) -> None:
         return
     service = None if arguments.service is None else load_service(arguments.service, [])
     new = _new_request(arguments) if arguments.action == "add" else None  # refused before a ledger is made
-    url = arguments.ledger if service is None else service.ledger_url
-    ledger = open_ledger(url, create=new is not None)
+    if service is not None and new is not None:
+        ledger = service_ledger(service)
+    else:
+        url = arguments.ledger if service is None else service.ledger_url
+        ledger = open_ledger(url, create=new is not None)
     if new is not None:
         policy = RequestsConfig() if service is None else service.requests
         found = [add_request(ledger, new, policy, webhook=service is not None and service.webhook is not None)]

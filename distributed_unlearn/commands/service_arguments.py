@@ -9,7 +9,7 @@ from rich.console import Console
 from distributed_unlearn.errors import ConfigError
 
 Commands = argparse._SubParsersAction
-SERVICE_COMMANDS = ("request", "verify", "key")
+SERVICE_COMMANDS = ("request", "verify", "key", "rounds")
 _NEEDED = ("alembic", "apscheduler", "cryptography", "fastapi", "securesystemslib", "sqlalchemy", "uvicorn")
 
 
@@ -20,6 +20,17 @@ def add_service_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
     key = commands.add_parser("key", help="the operator's signing key").add_subparsers(dest="action", required=True)
     generate = key.add_parser("generate", help="a new Ed25519 key: PATH (mode 0600) and PATH with suffix .pub")
     generate.add_argument("path", type=Path)
+    _add_rounds(commands)
+
+
+def _add_rounds(commands: "Commands[argparse.ArgumentParser]") -> None:
+    actions = commands.add_parser("rounds", help="rounds of the service").add_subparsers(dest="action", required=True)
+    once = actions.add_parser("run-once", help="run one round over the pending requests; commit it or roll it back")
+    once.add_argument("--tick", help="run only if this tick (YYYYMMDDTHHMMSSZ) and no later one was taken before")
+    schedule = actions.add_parser("schedule", help="run rounds at their time, until a signal ends it")
+    for parser in (once, schedule):
+        parser.add_argument("service", type=Path, help="service file (YAML)")
+        parser.add_argument("overrides", nargs="*", help="section.key=value")
 
 
 def _ledger(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +86,10 @@ def run_service_command(arguments: argparse.Namespace, console: Console) -> None
         from distributed_unlearn.commands.request import run_request
 
         run_request(arguments, console)
+    elif arguments.command == "rounds":
+        from distributed_unlearn.commands.rounds import run_rounds
+
+        run_rounds(arguments, console)
     elif arguments.command == "key":
         from distributed_unlearn.service.keys import generate_key
 

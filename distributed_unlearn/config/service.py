@@ -4,6 +4,7 @@ Paths that are not absolute are relative to the folder that the command is run i
 """
 
 from pathlib import Path
+from typing import Literal
 from zoneinfo import ZoneInfo
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -26,22 +27,20 @@ class RequestsConfig(StrictModel):
 
 
 class GatesConfig(StrictModel):
-    """What a round must meet to be committed; null switches a gate off."""
+    """What a round must meet to be committed; else it is rolled back, and its requests are pending again."""
 
-    forget_distance_nats: float | None = Field(default=0.5, gt=0.0)
-    """Largest |forget loss - holdout loss| after the round, nats per token; needs a holdout."""
-    forget_memorisation_excess: float | None = Field(default=0.1, ge=0.0, le=1.0)
-    """Largest excess of the forget set's exact memorisation over the holdout's."""
-    retain_loss_nats: float | None = Field(default=0.5, ge=0.0)
-    """Largest rise of the retain loss in the round, nats per token."""
-    retain_memorisation: float | None = Field(default=0.1, ge=0.0, le=1.0)
-    """Largest fall of the retain set's exact memorisation in the round."""
-    earlier_distance_nats: float | None = Field(default=0.5, gt=0.0)
-    """Largest holdout loss - loss of any earlier round's forget set after the round: it must stay forgotten."""
+    forgotten: Literal["forgotten", "partly forgotten", "not required"] = "forgotten"
+    """The least that the verdict must find of the records to forget, against the holdout set."""
+    earlier_forgotten: bool = True
+    """Everything that earlier rounds erased must still count as forgotten."""
+    retain_loss_nats: float | None = Field(default=0.25, ge=0.0)
+    """Largest rise of the retain loss in the round, nats per token; null: no gate."""
+    retain_memorisation: float | None = Field(default=0.05, ge=0.0, le=1.0)
+    """Largest fall of the share memorised of the retain set in the round; null: no gate."""
     surviving_share: float | None = Field(default=0.9, gt=0.0, le=1.0)
-    """Smallest share of the update that survives the saved dtype."""
+    """Smallest share of the update that survives in the files; null: no gate."""
     drift_nats: float | None = Field(default=1.0, gt=0.0)
-    """Budget for the rise of the retain loss over all rounds together; used up, retraining is recommended."""
+    """Budget of retain loss over all rounds together. Used up, retraining is recommended; no round is rolled back."""
 
 
 class RetentionConfig(StrictModel):

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from distributed_unlearn.config.service import RequestsConfig, ServiceConfig
 from distributed_unlearn.errors import ConfigError, LedgerError, UserError
-from distributed_unlearn.service.ledger import Ledger, open_ledger
+from distributed_unlearn.service.ledger import Ledger, service_ledger
 from distributed_unlearn.service.requests import (
     ConflictError,
     DuePolicy,
@@ -180,8 +180,7 @@ def serve(config: ServiceConfig) -> None:
     if config.http is None:
         raise ConfigError("a service file without `http`", "http: {token_file: ...}", "add the section")
     token = read_secret(config.http.token_file, "http.token_file")
-    config.root.mkdir(parents=True, exist_ok=True)
-    app = make_app(open_ledger(config.ledger_url, create=True), config.requests, token, config.webhook is not None)
+    app = make_app(service_ledger(config), config.requests, token, config.webhook is not None)
     if config.http.host not in ("127.0.0.1", "::1", "localhost"):
         _LOG.warning("listening on %s without TLS: put a proxy that speaks TLS in front", config.http.host)
     settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}

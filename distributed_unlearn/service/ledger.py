@@ -14,10 +14,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, insert, select, update
 
-from distributed_unlearn.errors import LeaseError, LedgerError
+from distributed_unlearn.config.service import ServiceConfig
+from distributed_unlearn.errors import ConfigError, LeaseError, LedgerError
 from distributed_unlearn.provenance import hash_ids, new_salt
 from distributed_unlearn.service.canonical import canonical_json, sha256, time_text, utc_now
 from distributed_unlearn.service.database import connect, ledger_url, lock_for_making, migrate, shown, transaction
+from distributed_unlearn.service.fault_points import fault_points
 from distributed_unlearn.service.tables import AUDIT, LEASES, LEDGER
 
 GENESIS = "0" * 64
@@ -95,7 +97,7 @@ class Ledger:
             LeaseError: `lease` is not the one that the ledger knows as the last.
             LedgerError: the database cannot be used.
         """
-        with transaction(self._engine, writes=True) as connection:
+        with fault_points(), transaction(self._engine, writes=True) as connection, fault_points():
             row = _locked_row(connection)
             if row is None:
                 raise LedgerError(f"ledger '{self.shown_url}' without its first row", "a ledger", "restore a backup")
@@ -150,6 +152,21 @@ def open_ledger(url: str, create: bool = False, clock: Callable[[], datetime] = 
             if connection.execute(select(LEDGER.c.id)).one_or_none() is None:
                 _begin_trail(connection, clock())
     return Ledger(engine, clock)
+
+
+def service_ledger(config: ServiceConfig) -> Ledger:
+    """The service's ledger, made together with the service's folder where there is none.
+
+    Raises:
+        ConfigError: a folder that cannot be made; LedgerError: a ledger that cannot be opened.
+    """
+    try:
+        config.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"folder '{config.folder}', which cannot be made ({error.strerror})", "a folder", "choose another folder"
+        ) from error
+    return open_ledger(config.ledger_url, create=True)
 
 
 def _begin_trail(connection: Connection, now: datetime) -> None:

@@ -27,6 +27,7 @@ class Replay:
         self.certificates: dict[int, str] = {}
         self.current_round: int | None = None
         self._token = 0
+        self._tick = ""
         self._open: int | None = None
 
     def apply(self, event: str, body: dict[str, Any]) -> None:
@@ -41,6 +42,7 @@ class Replay:
             "request_received": self._request_received,
             "request_moved": self._request_moved,
             "request_overdue": self._ignore,
+            "tick_taken": self._tick_taken,
             "round_started": self._round_started,
             "round_committed": self._round_committed,
             "round_rolled_back": self._round_rolled_back,
@@ -57,6 +59,10 @@ class Replay:
     def _lease_acquired(self, body: dict[str, Any]) -> None:
         _require(body["token"] == self._token + 1, f"lease {body['token']} after lease {self._token}")
         self._token = body["token"]
+
+    def _tick_taken(self, body: dict[str, Any]) -> None:
+        _require(body["tick"] > self._tick, f"tick {body['tick']} after {self._tick}")
+        self._tick = body["tick"]
 
     def _request_received(self, body: dict[str, Any]) -> None:
         number = body["request"]

@@ -15,6 +15,7 @@ from sqlalchemy import or_, select, update
 
 from distributed_unlearn.config.service import RetentionConfig
 from distributed_unlearn.service.canonical import parse_time, time_text
+from distributed_unlearn.service.fault_points import fault_points
 from distributed_unlearn.service.ledger import Lease, Ledger, Writing
 from distributed_unlearn.service.rounds_book import RoundState
 from distributed_unlearn.service.states import FINAL_STATES
@@ -95,7 +96,8 @@ def sweep(ledger: Ledger, lease: Lease, root: Path) -> list[str]:
         for path in unknown:
             path.rename(path.with_name(f".removed-{path.name}-{secrets.token_hex(4)}"))
     for path in _folders(root, _REMOVED):
-        shutil.rmtree(path)
+        with fault_points():
+            shutil.rmtree(path)
     return [path.name for path in unknown]
 
 

@@ -4,6 +4,7 @@ The ledger decides: a round counts once `commit_round` has ended, whatever lies 
 is written under the scheduler's lease.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,7 @@ from distributed_unlearn.service.canonical import canonical_json, parse_time, sh
 from distributed_unlearn.service.ledger import Lease, Ledger, Writing
 from distributed_unlearn.service.requests import digest_of, move
 from distributed_unlearn.service.states import Reason, RequestState
-from distributed_unlearn.service.tables import ERASED, LEDGER, REQUESTS, ROUNDS
+from distributed_unlearn.service.tables import AUDIT, ERASED, LEDGER, REQUESTS, ROUNDS
 
 
 class RoundState(StrEnum):
@@ -53,6 +54,8 @@ class StateFiles:
     record_sha256: str
     files: Mapping[str, str]
     """Path below the folder -> SHA-256."""
+    retain_loss_rise: float = 0.0
+    """Nats per token, of this round."""
 
 
 def schedule_ripe(ledger: Ledger, lease: Lease) -> list[int]:
@@ -148,6 +151,7 @@ def commit_round(
             "files_sha256": sha256(files),
             "records_sha256": digest_of(hashes),
             "num_records": len(hashes),
+            "retain_loss_rise": state.retain_loss_rise,
         }
         writing.append("round_committed", body)
         for request in _requests_in(writing.connection, number):
@@ -223,8 +227,27 @@ def open_round(ledger: Ledger) -> RoundEntry | None:
 def current_round(ledger: Ledger) -> RoundEntry | None:
     """The committed round whose state is current; None before the first."""
     with ledger.read() as connection:
-        number = connection.execute(select(LEDGER.c.current_round)).scalar_one()
-        return None if number is None else _entry(_round_row(connection, number))
+        return current_in(connection)
+
+
+def current_in(connection: Connection) -> RoundEntry | None:
+    """`current_round`, inside a transaction."""
+    number = connection.execute(select(LEDGER.c.current_round)).scalar_one()
+    return None if number is None else _entry(_round_row(connection, number))
+
+
+def erased_by(ledger: Ledger, request: int) -> int:
+    """How many records a round erased for a request."""
+    with ledger.read() as connection:
+        query = select(func.count()).select_from(ERASED).where(ERASED.c.request_id == request)
+        return int(connection.execute(query).scalar_one())
+
+
+def drift(ledger: Ledger) -> float:
+    """Rises of the retain loss over all committed rounds together, nats per token; a round that won some back is 0."""
+    with ledger.read() as connection:
+        bodies = connection.execute(select(AUDIT.c.body).where(AUDIT.c.event == "round_committed")).scalars()
+        return float(sum(max(json.loads(body)["retain_loss_rise"], 0.0) for body in bodies))
 
 
 def list_rounds(ledger: Ledger) -> list[RoundEntry]:

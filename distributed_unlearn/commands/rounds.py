@@ -1,0 +1,96 @@
+"""`rounds run-once | schedule`: one pass of the service on the workers of its job, or passes at their time."""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from distributed_unlearn.commands.console_events import ConsoleEvents, print_line
+from distributed_unlearn.commands.run import run_job
+from distributed_unlearn.config.service import load_service
+from distributed_unlearn.errors import GateError
+from distributed_unlearn.records import StepRecord
+from distributed_unlearn.rounds.events import OnStep
+from distributed_unlearn.service.driver import Pass, run_pass
+from distributed_unlearn.service.lease import HeldLease
+from distributed_unlearn.service.opening import opened
+from distributed_unlearn.service.schedule import take_tick
+
+
+def run_rounds(arguments: argparse.Namespace, console: Console) -> None:
+    """Carry out one of the actions.
+
+    Raises:
+        GateError: a round was run and rolled back.
+        UserError: whatever is refused or ends a round.
+    """
+    config = load_service(arguments.service, arguments.overrides)
+    if arguments.action == "schedule":
+        from distributed_unlearn.commands.schedule import run_schedule
+
+        run_schedule(config, arguments.service, arguments.overrides, console)
+        return
+    with opened(config) as service:
+        if arguments.tick is not None and not take_tick(service.ledger, service.held.lease, arguments.tick):
+            print_line(console, f"tick {arguments.tick} was taken before; nothing was done")
+            return
+        events = LeasedEvents(console, service.held)
+        found = run_pass(service, lambda job: run_job(job, events).record)
+    tell(found, console)
+
+
+class LeasedEvents(ConsoleEvents):
+    """Those of the console; a lease that was lost ends the round at its next step."""
+
+    def __init__(self, console: Console, held: HeldLease) -> None:
+        super().__init__(console)
+        self._held = held
+
+    @contextmanager
+    def round(self, round_index: int, num_rounds: int, max_steps: int) -> Iterator[OnStep]:
+        """A bar over the round's steps.
+
+        Raises:
+            LeaseError: at a step after the lease was lost.
+        """
+        with super().round(round_index, num_rounds, max_steps) as tell:
+
+            def on_step(record: StepRecord, measured: Mapping[str, float]) -> None:
+                self._held.require()
+                tell(record, measured)
+
+            yield on_step
+
+
+def tell(found: Pass, console: Console) -> None:
+    """Say what a pass did, for people and, in the last line, for programs.
+
+    Raises:
+        GateError: its round was rolled back.
+    """
+    if found.interrupted is not None:
+        print_line(console, f"round {found.interrupted} had been interrupted and was rolled back")
+    if found.round is None:
+        print_line(console, "nothing to erase")
+    summary: Mapping[str, object] = {
+        "round": None if found.round is None else found.round.number,
+        "committed": found.round is not None and not found.failed_gates,
+        "failed_gates": found.failed_gates,
+        "denied": found.denied,
+        "certificates": found.certificates,
+        "purged_requests": found.purged_requests,
+        "purged_states": found.purged_states,
+        "drift_nats": found.drift_nats,
+        "retraining_recommended": found.retraining_recommended,
+    }
+    if found.retraining_recommended:
+        print_line(console, f"the drift budget is used up ({found.drift_nats:.3f} nats per token): retrain the model")
+    print_line(console, json.dumps(summary))
+    if found.failed_gates and found.round is not None:
+        raise GateError(
+            f"round {found.round.number}, which was rolled back: {'; '.join(found.failed_gates)}",
+            "a round that passes every gate",
+            "see the job's solver and objective, or `gates` in the service file; the requests are pending again",
+        )

@@ -1,0 +1,244 @@
+"""One pass of the service: mend what a crash left, take the pending requests, run a round, commit it or roll it back.
+
+What must survive is in the ledger, and every step below can be the last: whatever was not committed is rolled back by
+the next pass, what was committed but not published is published, what was answered but not certified is certified.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from securesystemslib.signer import CryptoSigner
+from sqlalchemy import update
+
+from distributed_unlearn.config import JobConfig, SelectionConfig, load_job
+from distributed_unlearn.config.service import ServiceConfig
+from distributed_unlearn.errors import ConfigError, DataError, UserError
+from distributed_unlearn.provenance import hash_folder
+from distributed_unlearn.records import RunRecord
+from distributed_unlearn.service.answers import issue_certificates
+from distributed_unlearn.service.fault_points import fault_points
+from distributed_unlearn.service.gates import failed_gates, retain_loss_rise
+from distributed_unlearn.service.heads import sign_head
+from distributed_unlearn.service.lease import HeldLease
+from distributed_unlearn.service.ledger import Ledger
+from distributed_unlearn.service.publication import publish
+from distributed_unlearn.service.requests import ErasureRequest, list_requests
+from distributed_unlearn.service.resolution import Resolution, held_out, read_identities, resolve
+from distributed_unlearn.service.retention import STATES_FOLDER, purge, sweep
+from distributed_unlearn.service.rounds_book import (
+    RoundEntry,
+    StateFiles,
+    commit_round,
+    current_round,
+    deny,
+    drift,
+    erased_in_rounds,
+    open_round,
+    roll_back,
+    schedule_ripe,
+    start_round,
+)
+from distributed_unlearn.service.secrets_file import read_secret
+from distributed_unlearn.service.states import FINAL_STATES, Reason, RequestState
+from distributed_unlearn.service.tables import REQUESTS
+from distributed_unlearn.service.webhook import Deliveries, deliver
+
+_LOG = logging.getLogger(__name__)
+Execute = Callable[[JobConfig], RunRecord]
+"""Runs a job in its output folder, on workers that it opens and ends; returns the record as it was written."""
+
+
+@dataclass(frozen=True, eq=False)
+class Service:
+    """A service file with what it names, opened; the lease is held."""
+
+    config: ServiceConfig
+    job: JobConfig
+    ledger: Ledger
+    held: HeldLease
+    signer: CryptoSigner
+
+    @property
+    def root(self) -> Path:
+        """The service's folder."""
+        return self.config.root.absolute()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass did."""
+
+    interrupted: int | None
+    """The round that was open when it began: its driver had died, and it was rolled back."""
+    denied: tuple[int, ...]
+    round: RoundEntry | None
+    """The round that was run; None where nothing was pending."""
+    failed_gates: tuple[str, ...]
+    """Why it was rolled back; empty where it was committed."""
+    certificates: tuple[int, ...]
+    purged_requests: tuple[int, ...]
+    purged_states: tuple[int, ...]
+    drift_nats: float
+    retraining_recommended: bool
+
+
+def service_job(config: ServiceConfig) -> JobConfig:
+    """The job file of a service, fit for rounds.
+
+    Raises:
+        ConfigError: it forgets or trains by itself, has no holdout, or saves less than float32.
+    """
+    job = load_job(Path(config.job).expanduser(), list(config.overrides))
+    if job.forget is not None or job.rounds is not None or job.train is not None:
+        raise ConfigError(
+            f"job '{config.job}' with forget, rounds or train", "a job without", "requests say what to forget"
+        )
+    if job.save.dtype not in (None, "float32"):
+        raise ConfigError(
+            f"save.dtype {job.save.dtype} in job '{config.job}'",
+            "float32 or null",
+            "rounds go on from each other's files, and small updates vanish in fewer bits; publish a converted copy",
+        )
+    return job
+
+
+def run_pass(service: Service, execute: Execute) -> Pass:
+    """One pass.
+
+    Raises:
+        LeaseError: another scheduler has taken over; nothing was written since.
+        UserError: the round could not be run; it was rolled back.
+    """
+    ledger, lease, root = service.ledger, service.held.lease, service.root
+    interrupted = recover(service)
+    schedule_ripe(ledger, lease)
+    warn_of_due(service)
+    pending = list_requests(ledger, [RequestState.SCHEDULED])
+    found = _resolve(service, pending) if pending else Resolution()
+    if found.denied or found.already:
+        deny(ledger, lease, found.denied, found.already)
+    entry, failed = (None, []) if not found.erase else _run_round(service, found, execute)
+    publish(ledger, lease, root)
+    certificates = issue_certificates(ledger, lease, root, service.signer)
+    purged = purge(ledger, lease, service.config.retention, root)
+    sign_head(ledger, lease, service.signer)
+    send_outcomes(service)
+    used, budget = drift(ledger), service.config.gates.drift_nats
+    return Pass(
+        interrupted,
+        tuple(found.denied),
+        entry,
+        tuple(failed),
+        tuple(certificates),
+        purged.requests,
+        purged.states,
+        used,
+        budget is not None and used > budget,
+    )
+
+
+def recover(service: Service) -> int | None:
+    """Roll back the round of a driver that died, publish what was committed, remove what nothing knows.
+
+    Returns:
+        The number of the round that was rolled back.
+    """
+    left = open_round(service.ledger)
+    if left is not None:
+        roll_back(service.ledger, service.held.lease, left.number, Reason.INTERRUPTED, "its driver ended before it did")
+    publish(service.ledger, service.held.lease, service.root)
+    sweep(service.ledger, service.held.lease, service.root)
+    return None if left is None else left.number
+
+
+def warn_of_due(service: Service) -> list[ErasureRequest]:
+    """Open requests that are due soon or overdue; of each that is overdue the audit trail is told once."""
+    now = service.ledger.clock()
+    soon = now + timedelta(days=service.config.requests.warn_days)
+    pressing = [r for r in list_requests(service.ledger) if r.state not in FINAL_STATES and r.due_at <= soon]
+    with service.ledger.write(service.held.lease) as writing:
+        for request in pressing:
+            unwarned = (REQUESTS.c.id == request.number) & REQUESTS.c.warned.is_(False)
+            if (
+                request.overdue
+                and writing.connection.execute(update(REQUESTS).where(unwarned).values(warned=True)).rowcount
+            ):
+                writing.append("request_overdue", {"request": request.number})
+    for request in pressing:
+        word = "is overdue since" if request.overdue else "is due at"
+        _LOG.warning("request %d %s %s", request.number, word, f"{request.due_at:%Y-%m-%d %H:%M} UTC")
+    return pressing
+
+
+def _resolve(service: Service, pending: Sequence[ErasureRequest]) -> Resolution:
+    identities = read_identities(service.job.data)
+    never = held_out(identities, service.job.holdout)
+    return resolve(pending, identities, never, erased_in_rounds(service.ledger), service.ledger.salt())
+
+
+def round_job(service: Service, number: int, record_ids: Sequence[str]) -> JobConfig:
+    """The job of a round: from the current state, or the first model, into a folder of its own, in float32."""
+    current = current_round(service.ledger)
+    model = service.job.model
+    if current is not None:
+        assert current.folder is not None
+        start = str(service.root / current.folder / "checkpoint")
+        model = model.model_copy(update={"path": start, "revision": None})
+    return service.job.model_copy(
+        update={
+            "model": model,
+            "forget": SelectionConfig(record_ids=tuple(record_ids)),
+            "save": service.job.save.model_copy(update={"dtype": "float32"}),
+            "output": str(service.root / STATES_FOLDER / f"round-{number:04d}"),
+            "overwrite": False,
+        }
+    )
+
+
+def _run_round(service: Service, found: Resolution, execute: Execute) -> tuple[RoundEntry, list[str]]:
+    ledger, lease = service.ledger, service.held.lease
+    entry = start_round(ledger, lease, sorted(found.erase))
+    try:
+        job = round_job(service, entry.number, found.record_ids)
+        with fault_points():
+            record = execute(job)
+        service.held.require()
+        failed = failed_gates(service.config.gates, record)
+        if not failed:
+            state = _state_files(service, entry.number, record)
+            return commit_round(ledger, lease, entry.number, state, found.erase), []
+    except BaseException as error:
+        # Without the error's text, which may hold ids; whoever started the pass is told.
+        kind = error.kind if isinstance(error, UserError) else type(error).__name__
+        _give_up(service, entry.number, Reason.INTERRUPTED, f"the round ended with an error ({kind})")
+        raise
+    _give_up(service, entry.number, Reason.GATE_FAILED, "; ".join(failed))
+    return entry, failed
+
+
+def _give_up(service: Service, number: int, reason: Reason, text: str) -> None:
+    still_open = open_round(service.ledger)
+    if still_open is not None and still_open.number == number:
+        roll_back(service.ledger, service.held.lease, number, reason, text)
+    sweep(service.ledger, service.held.lease, service.root)
+
+
+def _state_files(service: Service, number: int, record: RunRecord) -> StateFiles:
+    folder = f"{STATES_FOLDER}/round-{number:04d}"
+    path = service.root / folder
+    files = hash_folder(path)
+    if "record.json" not in files or not any(name.startswith("checkpoint/") for name in files):
+        raise DataError(f"'{path}' without a record and a checkpoint", "the result of a round", "see the round's log")
+    return StateFiles(folder, files["record.json"], files, retain_loss_rise(record))
+
+
+def send_outcomes(service: Service) -> Deliveries | None:
+    """Send the waiting webhooks; None where the service file has none."""
+    config = service.config.webhook
+    if config is None:
+        return None
+    secret = read_secret(config.secret_file, "webhook.secret_file")
+    return deliver(service.ledger, service.held.lease, config, secret)
