@@ -40,6 +40,10 @@ class ConsoleEvents:
         """A spinner or a line."""
         return stage(self._console, text)
 
+    def note(self, text: str) -> None:
+        """A line."""
+        print_line(self._console, text)
+
     def opened(self, facts: ModelFacts) -> None:
         """A warning where the model could not be cut into segments."""
         warn_of_fallback(self._console, facts.segment_fallback)

@@ -36,6 +36,8 @@ class JobConfig(StrictModel):
     """Checkpoint of a retrained reference; with it the evaluation reports the Tug-of-War."""
     output: str
     overwrite: bool = False
+    resume: bool = False
+    """Go on from the last state that an interrupted run of this job saved in `output`; without one, start anew."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "JobConfig":
@@ -53,6 +55,8 @@ class JobConfig(StrictModel):
                 "objective.target_from base_model without data.base_model; name the checkpoint before fine-tuning, or "
                 "take the targets from a holdout set"
             )
+        if self.train is not None and self.resume:
+            raise ValueError("resume is for rounds; a training that was interrupted starts anew: remove resume")
         needs_holdout = self.objective.uses_holdout or self.solver.stop.forget_matches_holdout
         if self.unlearns and needs_holdout and self.holdout is None:
             raise ValueError(

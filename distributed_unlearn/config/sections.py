@@ -150,6 +150,10 @@ class SaveConfig(StrictModel):
     max_shard_gib: float = Field(default=4.0, gt=0.0)
     fp32_master: bool = False
     """Also write the fp32 weights beside a lower-precision checkpoint, so that a later job can go on from them."""
+    state_every_seconds: float | None = Field(default=600.0, gt=0.0)
+    """Save the state of a round after the first step that ends this long after the last save; null: never."""
+    state_every_steps: int | None = Field(default=None, ge=1)
+    """Save it after every so many steps, too. It holds the fp32 weights (at most twice) and the method's vectors."""
 
 
 class TrainConfig(StrictModel):

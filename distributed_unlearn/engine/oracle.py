@@ -4,7 +4,7 @@ import torch
 
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.engine.decay import decay_mask
-from distributed_unlearn.engine.minibatch import MinibatchObjective
+from distributed_unlearn.engine.minibatch import MemoryPlan, MinibatchObjective
 from distributed_unlearn.engine.model import OpenedModel
 from distributed_unlearn.solvers.oracle import OracleState, VectorOracle
 from distributed_unlearn.workers.messages import RoundSpec
@@ -16,6 +16,7 @@ class ShardedOracle(VectorOracle):
     """One round's step oracle on this rank's shards. Every call of a step is collective, see `VectorOracle`."""
 
     def __init__(self, opened: OpenedModel, corpus: Corpus, spec: RoundSpec) -> None:
+        self._round_index = spec.round_index
         self._minibatch = MinibatchObjective(opened, corpus, spec)
         super().__init__(
             space=opened.space,
@@ -38,6 +39,21 @@ class ShardedOracle(VectorOracle):
         if self._minibatch.last_seen is not None:
             self._minibatch.last_seen.values = vectors.pop(_LAST_SEEN).cpu().numpy().copy()
         super().load_state_dict({"vectors": vectors, "numbers": state["numbers"]})
+
+    @property
+    def round_index(self) -> int:
+        """From 0."""
+        return self._round_index
+
+    @property
+    def memory(self) -> MemoryPlan | None:
+        """What passes keep; None before the first of them."""
+        return self._minibatch.memory
+
+    @memory.setter
+    def memory(self, plan: MemoryPlan) -> None:
+        """Keep what another oracle of this round has kept: results may differ by rounding with what is kept."""
+        self._minibatch.memory = plan
 
     @property
     def cached(self) -> bool | None:

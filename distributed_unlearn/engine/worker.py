@@ -25,6 +25,7 @@ from distributed_unlearn.engine.export import export_model
 from distributed_unlearn.engine.model import OpenedModel, adopt_model, open_model
 from distributed_unlearn.engine.oracle import ShardedOracle
 from distributed_unlearn.engine.partitions import load_model, prepare_deepspeed
+from distributed_unlearn.engine.round_state import load_round, restore_start, save_round
 from distributed_unlearn.engine.training import Trainer
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.records import CurvatureMode, SurvivingUpdate
@@ -156,6 +157,21 @@ class Worker:
         """How the round's products were computed; not collective."""
         assert self._oracle is not None
         return CurvatureMode(self._oracle.cached, self._oracle.cached_bytes / 2**30)
+
+    def save_round(self, folder: str) -> None:
+        """Write this rank's part of the round's state into an existing folder; not collective."""
+        assert self._oracle is not None and self._round_start is not None
+        start = self._round_start if self._oracle.round_index else None  # the first round's is in the base checkpoint
+        save_round(Path(folder), self.communicator.rank, self.opened.weights, start, self._oracle)
+
+    def restore_round_start(self, folder: str) -> None:
+        """Set the weights to those at the start of the saved round."""
+        restore_start(Path(folder), self.communicator.rank, self.opened.weights)
+
+    def load_round(self, folder: str) -> None:
+        """Go on from the saved state; the round has begun."""
+        assert self._oracle is not None
+        load_round(Path(folder), self.communicator.rank, self.opened.weights, self._oracle)
 
     def round_update_norm(self) -> float:
         """`||w - w_start||` of the current round."""

@@ -15,6 +15,7 @@ from distributed_unlearn.records.run import (
     read_record,
 )
 from distributed_unlearn.records.scores import SetScores
+from distributed_unlearn.records.state import RoundState, read_state
 from distributed_unlearn.records.step import StepRecord
 from distributed_unlearn.records.verdict import RunVerdict, Verdict, run_verdict
 
@@ -25,6 +26,7 @@ __all__ = [
     "Json",
     "ResultFiles",
     "RoundRecord",
+    "RoundState",
     "RunRecord",
     "RunVerdict",
     "SetScores",
@@ -33,6 +35,7 @@ __all__ = [
     "TrainingRecord",
     "Verdict",
     "read_record",
+    "read_state",
     "run_verdict",
     "to_json",
 ]

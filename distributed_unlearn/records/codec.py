@@ -5,9 +5,11 @@ NaN and infinity, which JSON does not have, are written as null; a float that wa
 """
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from distributed_unlearn.errors import DataError
@@ -33,6 +35,20 @@ def to_json(value: object) -> Json:
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
     raise TypeError(f"cannot write {type(value).__name__} as JSON")
+
+
+def read_json(path: Path, what: str, remedy: str) -> Json:
+    """JSON in a file.
+
+    Raises:
+        DataError: no such file, or no JSON; `what` and `remedy` are of the error.
+    """
+    try:
+        tree: Json = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise DataError(f"{what}, which cannot be read ({reason})", "the file as a run wrote it", remedy) from error
+    return tree
 
 
 def from_json(kind: type[Record], value: Json, where: str) -> Record:

@@ -3,13 +3,12 @@
 Every table, figure and page of a result is drawn from a `RunRecord` that was read from its file.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from distributed_unlearn.errors import DataError
-from distributed_unlearn.records.codec import Json, from_json
+from distributed_unlearn.records.codec import from_json, read_json
 from distributed_unlearn.records.result import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.records.round import RoundRecord
 from distributed_unlearn.records.scores import SetScores
@@ -99,15 +98,7 @@ def read_record(path: Path) -> RunRecord:
     Raises:
         DataError: no such file, no JSON, another format, or a field that is missing, unknown or of another type.
     """
-    try:
-        tree: Json = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON"
-        raise DataError(
-            f"record '{path}', which cannot be read ({reason})",
-            "the record.json of a run of distributed-unlearn",
-            "give the output folder of a finished run",
-        ) from error
+    tree = read_json(path, f"record '{path}'", "give the output folder of a finished run")
     found = tree.get("format") if isinstance(tree, dict) else None
     if type(found) is not int or found != FORMAT:
         old = type(found) is int and found == 1

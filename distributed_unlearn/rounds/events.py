@@ -26,6 +26,10 @@ class RunEvents(Protocol):
         """A long piece of work, for the length of the block."""
         ...
 
+    def note(self, text: str) -> None:
+        """Something that whoever started the run should know."""
+        ...
+
     def opened(self, facts: ModelFacts) -> None:
         """The model that is to change is open."""
         ...
@@ -52,6 +56,9 @@ class Unwatched:
     def stage(self, text: str) -> AbstractContextManager[None]:
         """Nothing."""
         return nullcontext()
+
+    def note(self, text: str) -> None:
+        """Nothing."""
 
     def opened(self, facts: ModelFacts) -> None:
         """Nothing."""

@@ -14,11 +14,12 @@ from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverC
 from distributed_unlearn.data.sampling import draw
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.objectives.build import build_objective
-from distributed_unlearn.records import RoundRecord, StepRecord
+from distributed_unlearn.records import RoundRecord
 from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, evidence, score, summarise
 from distributed_unlearn.rounds.events import OnStep
 from distributed_unlearn.rounds.methods import OuterSolver, build_solver
 from distributed_unlearn.rounds.opening import Unseen, drawn_retain_records, opening_constants
+from distributed_unlearn.rounds.state import Course, RoundKeeper
 from distributed_unlearn.rounds.verdict import judge
 from distributed_unlearn.solvers.stopping import StoppingRule, TwoSampleRule
 from distributed_unlearn.workers.client import Workers
@@ -79,9 +80,9 @@ class _Watch:
         holdout_loss: float | None,
         unseen: Unseen,
         scores: Scores,
-        started: float,
+        course: Course,
     ) -> None:
-        self._workers, self._task, self._started = workers, task, started
+        self._workers, self._task, self._started = workers, task, course.started
         self._holdout_loss = holdout_loss if task.solver.stop.forget_matches_holdout else None
         retain = np.intersect1d(task.retain, scores.indices)
         self._probe = draw(task.solver.seed, task.round_index, 0, "probe", retain, _NUM_PROBE_RECORDS)
@@ -107,6 +108,12 @@ class _Watch:
             stop.patience,
             stop.max_seconds,
         )
+        self._rule.go_on_from(course.num_matching_checks)
+
+    @property
+    def num_matching_checks(self) -> int:
+        """Consecutive checks so far for which the rule's conditions held."""
+        return self._rule.num_consecutive
 
     def after(self, step: int, accepted: bool) -> tuple[str | None, dict[str, float]]:
         """Reason to stop after this step, or None; and what was measured: nothing where the weights did not change."""
@@ -129,11 +136,14 @@ class _Watch:
         return self._rule.update(step, distance, retain_loss, time.monotonic() - self._started), measured
 
 
-def _take_steps(task: RoundTask, solver: OuterSolver, watch: _Watch, on_step: OnStep) -> tuple[list[StepRecord], str]:
-    steps: list[StepRecord] = []
-    for index in range(task.solver.max_steps):
+def _take_steps(
+    task: RoundTask, solver: OuterSolver, watch: _Watch, course: Course, keeper: RoundKeeper, on_step: OnStep
+) -> str:
+    """Take the steps that are left, add them to `course`; the reason why they ended."""
+    for record, measured in zip(course.steps, course.measured, strict=True):
+        on_step(record, measured)
+    for index in range(len(course.steps), task.solver.max_steps):
         record = solver.step(index)
-        steps.append(record)
         if not np.isfinite(record.loss) or not np.isfinite(record.gradient_norm):
             raise NumericalError(
                 f"loss {record.loss} and gradient norm {record.gradient_norm} at step {index} of round "
@@ -142,13 +152,17 @@ def _take_steps(task: RoundTask, solver: OuterSolver, watch: _Watch, on_step: On
                 "the weights are as before the step; use float32, a smaller learning rate or a bounded objective",
             )
         reason, measured = watch.after(index, record.accepted)
+        course.add(record, measured, watch.num_matching_checks)
         on_step(record, measured)
         if reason is not None:
-            return steps, reason
-    return steps, f"max_steps: all {task.solver.max_steps} steps were taken"
+            return reason
+        keeper.save_if_due(course, solver)
+    return f"max_steps: all {task.solver.max_steps} steps were taken"
 
 
-def run_round(workers: Workers, task: RoundTask, start: Scores, unseen: Unseen, on_step: OnStep) -> RoundRecord:
+def run_round(
+    workers: Workers, task: RoundTask, start: Scores, unseen: Unseen, keeper: RoundKeeper, on_step: OnStep
+) -> RoundRecord:
     """Run one round on the workers' current weights and leave the new weights there.
 
     Args:
@@ -157,9 +171,11 @@ def run_round(workers: Workers, task: RoundTask, start: Scores, unseen: Unseen, 
         start: All records of `scored_sets(task)` at the start of the job. What an unseen record is like is taken from
             there: an earlier round may have damaged the weights, and then everything is hard.
         unseen: What targets of single tokens are taken from, at the start of the job too.
-        on_step: Told of each step.
+        keeper: Saves the round's state now and then, and may have one from which the round goes on.
+        on_step: Told of each step, also of those that the state holds.
 
     Raises:
+        ConfigError: a state to go on from that this round does not fit.
         NumericalError: a loss or gradient that is not finite; the weights are those before the step.
     """
     batch = 2 * task.curvature.micro_batch_size
@@ -181,10 +197,12 @@ def run_round(workers: Workers, task: RoundTask, start: Scores, unseen: Unseen, 
         constants,
     )
     workers.begin_round(spec)
-    stepping = time.monotonic()
-    watch = _Watch(workers, task, holdout_loss, unseen, scores, stepping)
-    steps, reason = _take_steps(task, build_solver(RemoteOracle(workers.group), task.solver), watch, on_step)
-    wall_seconds = time.monotonic() - stepping
+    solver = build_solver(RemoteOracle(workers.group), task.solver)
+    keeper.restore(workers, before, solver)
+    course = Course.begin(before, keeper.found)
+    watch = _Watch(workers, task, holdout_loss, unseen, scores, course)
+    reason = _take_steps(task, solver, watch, course, keeper, on_step)
+    wall_seconds, steps = time.monotonic() - course.started, course.steps
     after, now = evaluate_sets(workers, sets, batch)
     return RoundRecord(
         round_index=task.round_index,

@@ -19,6 +19,7 @@ from distributed_unlearn.rounds.origin import model_to_open
 from distributed_unlearn.rounds.preparation import Session
 from distributed_unlearn.rounds.result import begin_record, card_lines, result_mark, result_papers, write_record
 from distributed_unlearn.rounds.round import RoundTask, run_round, score_start
+from distributed_unlearn.rounds.state import FoundState, RoundKeeper, StateKeeper, forget_state, job_hash
 from distributed_unlearn.workers.evidence import PredictionEvidence
 
 _COMPARED = ("forget", "retain", "holdout")
@@ -53,6 +54,7 @@ def unlearn(session: Session) -> RunRecord:
             retrained=reference,
         )
         write_record(session.run.folder, record, salt)
+        forget_state(session.run.folder)  # complete: nothing to go on with
     session.log.log("surviving_update", 0, asdict(survival))
     return record
 
@@ -113,20 +115,44 @@ def _run_rounds(
     session: Session, reference: dict[str, SetScores] | None, base: PredictionEvidence | None
 ) -> list[RoundRecord]:
     job, data = session.run.job, session.run.data
-    rounds: list[RoundRecord] = []
+    keeper = StateKeeper(session.run.folder, job.save, job_hash(job, data, session.run.origin), session.workers)
+    found = _find_state(session, keeper)
+    rounds = [] if found is None else list(found.state.rounds)
     tasks = [_task(session, index) for index in range(len(data.partition.forget_rounds))]
     with session.events.stage("scoring all sets at the start of the job"):
         start = score_start(session.workers, tasks)
         unseen = _unseen(session, base)
-    for index, task in enumerate(tasks):
-        record = _run_round(session, task, start, unseen, len(tasks))
+    for record in rounds:
+        _tell(session, record)
+    for index, task in enumerate(tasks[len(rounds) :], start=len(rounds)):
+        ours = found if found is not None and found.state.round_index == index else None
+        record = _run_round(session, task, start, unseen, len(tasks), RoundKeeper(keeper, index, tuple(rounds), ours))
         if reference is not None and index == len(tasks) - 1 and not scores_samples(job, data):
             keys = tuple(name for name in _COMPARED if name in reference)
             record = replace(record, tug_of_war=tug_of_war(record.after, reference, keys))
-        session.log.log("round", index + 1, {k: v for k, v in asdict(record).items() if k != "steps"})
-        session.events.round_ended(record)
+        _tell(session, record)
         rounds.append(record)
     return rounds
+
+
+def _find_state(session: Session, keeper: StateKeeper) -> FoundState | None:
+    """The state to go on from, where the job asks for it."""
+    if not session.run.job.resume:
+        if keeper.has_any:
+            session.events.note("an interrupted run left its state here; resume=true would go on from it")
+        return None
+    found = keeper.find()
+    if found is None:
+        session.events.note("resume: there is no state of an interrupted run, so this one starts at its first step")
+        return None
+    state = found.state
+    session.events.note(f"resume: going on after step {len(state.steps)} of round {state.round_index + 1}")
+    return found
+
+
+def _tell(session: Session, record: RoundRecord) -> None:
+    session.log.log("round", record.round_index + 1, {k: v for k, v in asdict(record).items() if k != "steps"})
+    session.events.round_ended(record)
 
 
 def _task(session: Session, index: int) -> RoundTask:
@@ -151,7 +177,9 @@ def _unseen(session: Session, base: PredictionEvidence | None) -> Unseen:
     return Unseen(evidence(session.workers, holdout, 2 * job.curvature.micro_batch_size), base)
 
 
-def _run_round(session: Session, task: RoundTask, start: Scores, unseen: Unseen, num_rounds: int) -> RoundRecord:
+def _run_round(
+    session: Session, task: RoundTask, start: Scores, unseen: Unseen, num_rounds: int, keeper: RoundKeeper
+) -> RoundRecord:
     job, log = session.run.job, session.log
     with session.events.round(task.round_index, num_rounds, job.solver.max_steps) as tell:
 
@@ -159,7 +187,8 @@ def _run_round(session: Session, task: RoundTask, start: Scores, unseen: Unseen,
             log.log(f"round_{task.round_index + 1}/step", record.step, {**asdict(record), **measured})
             tell(record, measured)
 
-        return run_round(session.workers, task, start, unseen, on_step)
+        keeper.restore_start(session.workers)
+        return run_round(session.workers, task, start, unseen, keeper, on_step)
 
 
 def _write_checkpoint(

@@ -91,6 +91,15 @@ class StoppingRule:
     def _matched(self, distance: float) -> str:
         return f"the forget loss is within {distance:.3f} nats per token of the holdout loss {self._holdout_loss:.3f}"
 
+    @property
+    def num_consecutive(self) -> int:
+        """Updates in a row, up to the last, for which both conditions held."""
+        return self._num_consecutive
+
+    def go_on_from(self, num_consecutive: int) -> None:
+        """Count on from what another rule of the same round had counted."""
+        self._num_consecutive = num_consecutive
+
     def timeout(self, step: int, elapsed_seconds: float) -> str | None:
         """The part of the rule that needs no loss: `max_seconds`, or None to go on."""
         if self._max_seconds is not None and elapsed_seconds >= self._max_seconds:

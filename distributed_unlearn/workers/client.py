@@ -87,6 +87,18 @@ class Workers:
         """Start a round from the current weights."""
         self._group.call_all("begin_round", spec)
 
+    def save_round(self, folder: str) -> None:
+        """Write the round's weights and what its method remembers into an existing folder, a file a rank."""
+        self._group.call_all("save_round", folder)
+
+    def restore_round_start(self, folder: str) -> None:
+        """Set the weights to those at the start of a saved round."""
+        self._group.call_all("restore_round_start", folder)
+
+    def load_round(self, folder: str) -> None:
+        """Go on from a saved state; the round has begun."""
+        self._group.call_all("load_round", folder)
+
     def curvature_mode(self) -> CurvatureMode:
         """How the round's products were computed."""
         return self._first(CurvatureMode, "curvature_mode")

@@ -32,7 +32,9 @@ from distributed_unlearn.config import (
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ModelError, WorkerError
 from distributed_unlearn.records import RoundRecord
+from distributed_unlearn.rounds.opening import Unseen
 from distributed_unlearn.rounds.round import RoundTask, run_round, score_start
+from distributed_unlearn.rounds.state import RoundKeeper, StateKeeper
 from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.group import WorkerGroup
 
@@ -89,7 +91,14 @@ def _run(group: WorkerGroup, tiny: TinyJob, prepared: PreparedData, folder: Path
         curvature=CurvatureConfig(micro_batch_size=2),
     )
     workers = Workers(group)
-    record = run_round(workers, task, score_start(workers, [task]), lambda record, measured: None)
+    record = run_round(
+        workers,
+        task,
+        score_start(workers, [task]),
+        Unseen(),
+        RoundKeeper(StateKeeper(folder, SaveConfig(), "", workers), 0, (), None),
+        lambda record, measured: None,
+    )
     folder.mkdir()
     group.call_all("export", str(folder), model, SaveConfig())
     return record

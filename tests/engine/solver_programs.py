@@ -73,3 +73,36 @@ def frozen_export(worker: Worker, plan: Plan, stage: int, folder: Path) -> dict[
         "exact": worker.opened.exact_store.weights(1),
         "compute": worker.opened.store.weights(1),
     }
+
+
+def resumed_steps(worker: Worker, plan: Plan, stage: int, folder: Path) -> dict[str, Any]:
+    """Four steps of a second round; and again from what was saved after two of them, on the base model opened anew."""
+    spec = dataclasses.replace(round_spec(Problem("odd_llama")), round_index=1)
+    base = ModelConfig(path=str(plan.folder / "odd_llama"))
+    state = folder / f"state {stage}"
+    state.mkdir(exist_ok=True)
+    worker.open_model(base, "float32", stage)
+    opened = worker.opened.weights.master.clone()
+    worker.opened.weights.set_master(opened * 1.01)  # what a first round left
+    worker.begin_round(spec)
+    solver = SCureNewton(RemoteOracle(OwnWorker(worker)), SETTINGS)  # type: ignore[arg-type]
+    records = [solver.step(index) for index in range(2)]
+    worker.save_round(str(state))
+    remembered = solver.state_dict()
+    records += [solver.step(index) for index in range(2, 4)]
+    whole = worker.opened.weights.master.clone(), worker.round_update_norm()
+
+    worker.open_model(base, "float32", stage)
+    worker.restore_round_start(str(state))
+    restored = worker.opened.weights.master.clone()
+    worker.begin_round(spec)
+    solver = SCureNewton(RemoteOracle(OwnWorker(worker)), SETTINGS)  # type: ignore[arg-type]
+    worker.load_round(str(state))
+    solver.load_state_dict(remembered)
+    again = [solver.step(index) for index in range(2, 4)]
+    return {
+        "start": (opened * 1.01, restored),
+        "records": (records[2:], again),
+        "whole": whole,
+        "resumed": (worker.opened.weights.master.clone(), worker.round_update_norm()),
+    }
