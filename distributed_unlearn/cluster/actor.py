@@ -18,6 +18,8 @@ class Placement:
     """Numbers, or names where the node's CUDA_VISIBLE_DEVICES holds names (MIG slices)."""
     address: str
     process_id: int
+    device_index: int = 0
+    """Which of the GPUs that the actor's process sees is the first of `gpu_ids`."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,22 @@ class Heartbeat:
 
     method: str | None
     running_seconds: float
+
+
+def device_index(gpu_ids: tuple[str, ...], visible: str | None) -> int:
+    """Where the first of `gpu_ids` stands among the devices that a process sees.
+
+    Args:
+        gpu_ids: What Ray gave the process, as Ray names it.
+        visible: CUDA_VISIBLE_DEVICES of the process. Ray sets it to `gpu_ids`, unless it is told to leave it alone;
+            None or empty: every GPU of the node is seen, by its number.
+    """
+    if not gpu_ids:
+        return 0
+    if not visible:
+        return int(gpu_ids[0]) if gpu_ids[0].isdecimal() else 0
+    seen = [name.strip() for name in visible.split(",")]
+    return seen.index(gpu_ids[0]) if gpu_ids[0] in seen else 0
 
 
 # Ray's type stubs do not know concurrency groups.
@@ -38,9 +56,10 @@ class RankActor:
         if not ray.get_gpu_ids():
             os.environ["DS_ACCELERATOR"] = "cpu"
         # Imported here for the same reason: DeepSpeed looks when it is imported.
+        from distributed_unlearn.engine.memory import out_of_memory_explained
         from distributed_unlearn.engine.worker import Worker
 
-        self._worker = Worker(num_threads)
+        self._worker, self._explained = Worker(num_threads), out_of_memory_explained
         self._started = time.monotonic()
         self._method: str | None = None
 
@@ -49,13 +68,15 @@ class RankActor:
         context = ray.get_runtime_context()
         gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
         address = ray.util.get_node_ip_address()
-        return Placement(context.get_node_id(), gpus, address or socket.gethostname(), os.getpid())
+        index = device_index(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return Placement(context.get_node_id(), gpus, address or socket.gethostname(), os.getpid(), index)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of the worker."""
         self._method, self._started = method, time.monotonic()
         try:
-            return getattr(self._worker, method)(*arguments)
+            with self._explained(method):
+                return getattr(self._worker, method)(*arguments)
         finally:
             self._method = None
 

@@ -55,7 +55,7 @@ def call_failure(error: RayError, rank: int, method: str) -> UserError:
             f"worker {rank}, which Ray ended during '{method}' because its node ran out of memory "
             f"({' '.join(str(error).split())[:300]})",
             "enough memory on every node for the workers placed there",
-            "lower curvature.micro_batch_size (or train's), raise cluster.num_workers and spread them over more "
+            "lower curvature.micro_batch_size, raise cluster.num_workers and spread them over more "
             "nodes, or set curvature.mode to recompute",
         )
     what = "raised an error" if isinstance(error, RayTaskError) else "died"

@@ -6,6 +6,7 @@ import torch
 
 from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.engine.communicator import RankSpec
+from distributed_unlearn.engine.memory import out_of_memory_explained
 from distributed_unlearn.engine.worker import Worker
 from distributed_unlearn.errors import ResourceError
 
@@ -38,11 +39,12 @@ class InProcessGroup:
 
     def call_all(self, method: str, *arguments: Any) -> list[Any]:
         """Call a worker method; a failure is raised as it is."""
-        return [getattr(self._worker, method)(*arguments)]
+        return [self.call_rank_zero(method, *arguments)]
 
     def call_rank_zero(self, method: str, *arguments: Any) -> Any:
         """Call a worker method."""
-        return getattr(self._worker, method)(*arguments)
+        with out_of_memory_explained(method):
+            return getattr(self._worker, method)(*arguments)
 
     def share(self, value: Any) -> Any:
         """The value itself."""

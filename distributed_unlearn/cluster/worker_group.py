@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 def _needs(config: ClusterConfig) -> dict[str, float]:
     bundle: dict[str, float] = {"CPU": float(config.cpus_per_worker)}
     if config.use_gpu == "always" or (config.use_gpu == "auto" and ray.cluster_resources().get("GPU", 0) > 0):
-        bundle["GPU"] = 1.0
+        bundle["GPU"] = config.gpus_per_worker
     return bundle
 
 
@@ -43,7 +43,8 @@ def check_capacity(config: ClusterConfig) -> None:
             raise ResourceError(
                 f"{config.num_workers} workers of {amount:g} {kind} on a cluster with {total.get(kind, 0):g} {kind}",
                 f"at most {int(total.get(kind, 0) // amount)} workers",
-                "lower cluster.num_workers, add nodes, or (GPU) set cluster.use_gpu to never",
+                "lower cluster.num_workers, add nodes, or, for GPUs, lower cluster.gpus_per_worker or set "
+                "cluster.use_gpu to never",
             )
 
 
@@ -53,7 +54,10 @@ def _by_number(gpu: str) -> tuple[int, int, str]:
 
 
 def assign_ranks(placements: list[Placement]) -> list[RankSpec]:
-    """Ranks by node, then lowest GPU, so that a node's ranks are consecutive; aligned with `placements`."""
+    """Ranks by node, then lowest GPU, so that a node's ranks are consecutive; aligned with `placements`.
+
+    Where any two are on one GPU all are told so: a group has one backend.
+    """
 
     def place(index: int) -> tuple[object, ...]:
         return placements[index].node_id, [_by_number(gpu) for gpu in placements[index].gpu_ids], index
@@ -65,8 +69,14 @@ def assign_ranks(placements: list[Placement]) -> list[RankSpec]:
         node = placements[index].node_id
         specs[index] = (rank, per_node.get(node, 0))
         per_node[node] = per_node.get(node, 0) + 1
+    places = [(placement.node_id, placement.gpu_ids[0]) for placement in placements if placement.gpu_ids]
+    shares_device = len(set(places)) < len(places)
     return [
-        RankSpec(specs[i][0], len(placements), specs[i][1], per_node[placement.node_id])
+        RankSpec(
+            *(specs[i][0], len(placements), specs[i][1], per_node[placement.node_id]),
+            device_index=placement.device_index,
+            shares_device=shares_device,
+        )
         for i, placement in enumerate(placements)
     ]
 

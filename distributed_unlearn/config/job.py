@@ -63,6 +63,8 @@ class JobConfig(StrictModel):
                 f"objective {self.objective.name} and solver.stop.forget_matches_holdout need a holdout selection; "
                 "name records that were never trained on, or choose another objective and turn the stop off"
             )
+        if self.train is not None and self.cluster.gpus_per_worker < 1 and self.cluster.use_gpu != "never":
+            raise ValueError("training needs a whole GPU for every worker; set cluster.gpus_per_worker to 1")
         return self
 
     @property

@@ -120,6 +120,9 @@ class ClusterConfig(StrictModel):
     sets), else a new local Ray bound to 127.0.0.1."""
     use_gpu: Literal["auto", "always", "never"] = "auto"
     """A GPU for every worker; auto: if the cluster has any at the start. `always` waits for GPU nodes to join."""
+    gpus_per_worker: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of a GPU for every worker, where GPUs are used. Below 1 workers may share one, which NCCL refuses: their
+    collectives go through the host (gloo), without training and at zero_stage 0 to 2. For trying things out."""
     cpus_per_worker: int = Field(default=1, ge=1)
     placement_timeout_seconds: float = Field(default=600.0, gt=0.0)
     """How long a given cluster may take to have room (nodes may still join); a local Ray refuses at once."""
@@ -132,6 +135,8 @@ class ClusterConfig(StrictModel):
     def _one_process(self) -> "ClusterConfig":
         if self.backend == "in_process" and self.num_workers != 1:
             raise ValueError("backend in_process has exactly one worker; set num_workers to 1 or backend to ray")
+        if self.gpus_per_worker < 1 and self.use_gpu != "never" and self.zero_stage == 3:
+            raise ValueError("workers that share a GPU cannot partition weights; set zero_stage to 0, 1 or 2")
         return self
 
 

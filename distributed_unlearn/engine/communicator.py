@@ -21,13 +21,22 @@ class RankSpec:
     world_size: int
     local_rank: int
     local_world_size: int
+    device_index: int = 0
+    """Which of the GPUs that this process sees is its own; without meaning on a CPU."""
+    shares_device: bool = False
+    """Whether other ranks may be on the same GPU: NCCL refuses that, so collectives go through the hosts."""
 
 
 class Communicator:
-    """Collectives of one process group; counts the floats that they move (received by each rank)."""
+    """Collectives of one process group; counts the floats that they move (received by each rank).
+
+    Results are where the arguments were. Gloo has no gather of GPU tensors, so where it serves GPUs (`shares_device`)
+    the arguments go through the host.
+    """
 
     def __init__(self, spec: RankSpec, device: torch.device) -> None:
         self.spec, self.device = spec, device
+        self._transport = torch.device("cpu") if spec.shares_device else device
         self.num_elements_moved = 0
 
     @property
@@ -42,29 +51,31 @@ class Communicator:
 
     def all_gather(self, local: torch.Tensor) -> torch.Tensor:
         """[n] on every rank -> [world_size * n], in rank order. All ranks must call this."""
-        full = local.new_empty(local.numel() * self.world_size)
-        dist.all_gather_into_tensor(full, local.contiguous())
+        sent = local.contiguous().to(self._transport)
+        full = sent.new_empty(local.numel() * self.world_size)
+        dist.all_gather_into_tensor(full, sent)
         self.num_elements_moved += full.numel()
-        return full
+        return full.to(local.device)
 
     def reduce_scatter(self, full: torch.Tensor) -> torch.Tensor:
         """[world_size * n] -> this rank's [n] of the sum over ranks. All ranks must call this."""
-        local = full.new_empty(full.numel() // self.world_size)
-        dist.reduce_scatter_tensor(local, full.contiguous())
+        sent = full.contiguous().to(self._transport)
+        local = sent.new_empty(full.numel() // self.world_size)
+        dist.reduce_scatter_tensor(local, sent)
         self.num_elements_moved += full.numel()
-        return local
+        return local.to(full.device)
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, a new tensor. All ranks must call this."""
-        total = values.to(self.device, copy=True)
+        total = values.to(self._transport, copy=True)
         dist.all_reduce(total)
-        return total
+        return total.to(self.device)
 
     def all_reduce_max(self, values: torch.Tensor) -> torch.Tensor:
         """Maximum over ranks, a new tensor. All ranks must call this."""
-        total = values.to(self.device, copy=True)
+        total = values.to(self._transport, copy=True)
         dist.all_reduce(total, op=dist.ReduceOp.MAX)
-        return total
+        return total.to(self.device)
 
     def all_true(self, condition: bool) -> bool:
         """Whether `condition` holds on every rank. All ranks must call this."""
@@ -120,17 +131,27 @@ def _interface_towards(host: str) -> str | None:
     return None
 
 
+def _choose_interface(backend: str, host: str) -> None:
+    """Let the backend listen on the network that the ranks share.
+
+    Left alone, gloo takes the address that the machine's name stands for, and NCCL the first interface that is up.
+    """
+    variable = f"{backend.upper()}_SOCKET_IFNAME"
+    if not os.environ.get(variable) and (interface := _interface_towards(host)):
+        # NCCL takes a name for the beginning of names unless told otherwise.
+        os.environ[variable] = f"={interface}" if backend == "nccl" else interface
+
+
 def connect(
     spec: RankSpec, host: str, port: int, store: dist.Store | None, timeout_seconds: float, use_gpu: bool
 ) -> Communicator:
-    """Join the group: gloo on CPU, NCCL on GPU. All ranks must call this.
+    """Join the group: gloo on CPU and on shared GPUs, else NCCL. All ranks must call this.
 
-    Sets RANK, WORLD_SIZE, LOCAL_RANK and the like, which DeepSpeed reads, in this process's environment; for gloo also
-    GLOO_SOCKET_IFNAME, unless the user has set it.
+    Sets RANK, WORLD_SIZE, LOCAL_RANK and the like, which DeepSpeed reads, in this process's environment; also
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, unless the user has set it.
     A group that exists already (an in-process worker used twice) is used again.
     """
-    # Ray shows each actor its own GPU only, which is then device 0 whatever the rank on the node.
-    local_device = spec.local_rank % torch.cuda.device_count() if use_gpu else spec.local_rank
+    local_device = spec.device_index if use_gpu else spec.local_rank
     os.environ.update(
         RANK=str(spec.rank),
         WORLD_SIZE=str(spec.world_size),
@@ -146,11 +167,10 @@ def connect(
         timeout = timedelta(seconds=timeout_seconds)
         if store is None:
             store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-        # Left alone, gloo listens on the address that the machine's name stands for, whatever network the ranks share.
-        if not use_gpu and not os.environ.get("GLOO_SOCKET_IFNAME") and (interface := _interface_towards(host)):
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+        backend = "nccl" if use_gpu and not spec.shares_device else "gloo"
+        _choose_interface(backend, host)
         dist.init_process_group(
-            "nccl" if use_gpu else "gloo",
+            backend,
             store=dist.PrefixStore("unlearn", store),
             rank=spec.rank,
             world_size=spec.world_size,

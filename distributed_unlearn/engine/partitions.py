@@ -36,7 +36,7 @@ def prepare_deepspeed(use_gpu: bool) -> None:
     """
     if not use_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if use_gpu else "gloo", verbose=False)
+    deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
 
 
 def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 import distributed_unlearn.cluster.worker_group as worker_group
-from distributed_unlearn.cluster.actor import Placement
+from distributed_unlearn.cluster.actor import Placement, device_index
 from distributed_unlearn.cluster.in_process import InProcessGroup
 from distributed_unlearn.cluster.worker_group import RayWorkerGroup, assign_ranks, check_capacity
 from distributed_unlearn.config import ClusterConfig
-from distributed_unlearn.engine.communicator import RankSpec
 from distributed_unlearn.errors import ResourceError
 
 
@@ -38,7 +37,31 @@ TABLE = {
 def test_assign_ranks(name):
     places, expected = TABLE[name]
     specs = assign_ranks(_placed(*places))
-    assert specs == [RankSpec(rank, len(places), local, on_node) for rank, local, on_node in expected]
+    assert [(spec.rank, spec.local_rank, spec.local_world_size) for spec in specs] == expected
+    assert {spec.world_size for spec in specs} == {len(places)}
+
+
+def test_ranks_know_their_device_and_whether_any_two_share_one():
+    apart = [Placement("a", (gpu,), "10.0.0.1", 100, index) for gpu, index in (("3", 0), ("1", 5))]
+    assert [(spec.device_index, spec.shares_device) for spec in assign_ranks(apart)] == [(0, False), (5, False)]
+    assert all(spec.shares_device for spec in assign_ranks([*apart, Placement("a", ("3",), "10.0.0.1", 101, 0)]))
+    assert not any(spec.shares_device for spec in assign_ranks([*apart, Placement("b", ("3",), "10.0.0.2", 101, 0)]))
+    assert not any(spec.shares_device for spec in assign_ranks([Placement("a", (), "10.0.0.1", 1)] * 2))
+
+
+@pytest.mark.parametrize(
+    ("gpu_ids", "visible", "index"),
+    [
+        (("2",), "2", 0),  # Ray shows a process its own GPU only
+        (("2",), "0,2,5", 1),  # or is told to leave the variable alone
+        (("2",), None, 2),
+        (("2",), "", 2),
+        (("MIG-b",), "MIG-a,MIG-b", 1),
+        ((), None, 0),
+    ],
+)
+def test_the_device_is_the_one_that_ray_gave(gpu_ids, visible, index):
+    assert device_index(gpu_ids, visible) == index
 
 
 def _cluster(monkeypatch: pytest.MonkeyPatch, **resources: float) -> None:
