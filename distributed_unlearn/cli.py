@@ -13,11 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 from rich.console import Console
 
 from distributed_unlearn.commands.service_arguments import SERVICE_COMMANDS, add_service_commands, run_service_command
-from distributed_unlearn.config import ClusterConfig, load_job, parse_cluster
+from distributed_unlearn.config import ClusterConfig, ModelTask, load_job, parse_cluster
 from distributed_unlearn.errors import ConfigError, UserError, WorkerError
 from distributed_unlearn.version import __version__
 
@@ -76,6 +77,7 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     check = commands.add_parser("check", help="check numerics").add_subparsers(dest="check", required=True)
     curvature = check.add_parser("curvature", help="compare sharded products with an unsharded float64 reference")
     curvature.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    curvature.add_argument("--task", choices=get_args(ModelTask), default="causal_lm")
     curvature.add_argument("--num-workers", type=_at_least("--num-workers", 1), default=2)
     curvature.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3)
     curvature.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
@@ -126,7 +128,7 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
             mode=arguments.mode,
             reference=arguments.reference,
         )
-        run_curvature_check(arguments.model, arguments.dtype, _cluster(arguments, None), check, console)
+        run_curvature_check(arguments.model, arguments.task, arguments.dtype, _cluster(arguments, None), check, console)
     return 0
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 from rich.console import Console
 
 from distributed_unlearn.cluster.open import open_group
-from distributed_unlearn.commands.console_events import warn_of_fallback
-from distributed_unlearn.config import ClusterConfig, ModelConfig
+from distributed_unlearn.commands.console_events import say_statistics, warn_of_fallback
+from distributed_unlearn.config import ClusterConfig, ModelConfig, ModelTask
 from distributed_unlearn.errors import CheckFailedError
 from distributed_unlearn.files import expand_home
 from distributed_unlearn.models.checkpoint import require_safetensors
@@ -43,7 +43,7 @@ def tolerance_for(dtype: Dtype, reference: str) -> Tolerance:
 
 
 def run_curvature_check(
-    path: str, dtype: Dtype, cluster: ClusterConfig, check: CurvatureCheck, console: Console
+    path: str, task: ModelTask, dtype: Dtype, cluster: ClusterConfig, check: CurvatureCheck, console: Console
 ) -> None:
     """Run the check on a worker group.
 
@@ -53,12 +53,13 @@ def run_curvature_check(
     """
     require_safetensors(path)
     # Double precision is for checks only, so it is no dtype of a job's model section.
-    model = ModelConfig(path=expand_home(path), dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    model = ModelConfig(path=expand_home(path), task=task, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     with open_group(cluster) as group:
         workers = Workers(group)
         facts = workers.open_model(model, dtype, cluster.zero_stage)
         report = workers.check_curvature(check)
     warn_of_fallback(console, facts.segment_fallback)
+    say_statistics(console, facts.num_batch_norms)
     tolerance = tolerance_for(dtype, report.reference)
     bounds = {
         "gradient_relative_error": tolerance.gradient,

@@ -45,8 +45,9 @@ class ConsoleEvents:
         print_line(self._console, text)
 
     def opened(self, facts: ModelFacts) -> None:
-        """A warning where the model could not be cut into segments."""
+        """A warning where the model could not be cut into segments, and how its statistics are used."""
         warn_of_fallback(self._console, facts.segment_fallback)
+        say_statistics(self._console, facts.num_batch_norms)
 
     @contextmanager
     def round(self, round_index: int, num_rounds: int, max_steps: int) -> Iterator[OnStep]:
@@ -72,7 +73,7 @@ def describe_data(prepared: PreparedData) -> str:
     rounds = ", ".join(str(len(forget)) for forget in partition.forget_rounds)
     text = (
         f"records: {len(partition.training)} trained on, to forget {rounds or 'none'}, "
-        f"held out {len(partition.holdout)}, longest {report.longest} tokens"
+        f"held out {len(partition.holdout)}, longest {report.longest} {report.unit}"
     )
     if report.num_truncated or report.num_dropped:
         text += f"; {report.num_truncated} truncated, {report.num_dropped} dropped"
@@ -87,6 +88,16 @@ def warn_of_fallback(console: Console, reason: str | None) -> None:
     """Say why the whole model is one segment, where it is."""
     if reason is not None:
         console.print(f"warning: the whole model is one segment: {reason}", style="yellow", markup=False)
+
+
+def say_statistics(console: Console, num_batch_norms: int) -> None:
+    """Say what batch normalisation does, where there is any."""
+    if num_batch_norms:
+        print_line(
+            console,
+            f"note: {num_batch_norms} layer(s) of batch normalisation use their running statistics, which stay as they "
+            "are in the checkpoint",
+        )
 
 
 def warn_of_reference(console: Console, job: JobConfig, prepared: PreparedData) -> None:

@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from distributed_unlearn.commands.console_events import describe_data, print_line, warn_of_fallback, warn_of_reference
+from distributed_unlearn.commands.console_events import (
+    describe_data,
+    print_line,
+    say_statistics,
+    warn_of_fallback,
+    warn_of_reference,
+)
 from distributed_unlearn.config import (
     AdamWConfig,
     CubicConfig,
@@ -56,6 +62,8 @@ class Plan:
     rows: tuple[PlanRow, ...]
     segment_fallback: str | None
     """Why the whole model is one segment, where it is."""
+    num_batch_norms: int
+    """Layers of batch normalisation, which use their running statistics."""
 
 
 def make_plan(job: JobConfig) -> Plan:
@@ -72,7 +80,7 @@ def make_plan(job: JobConfig) -> Plan:
         refuse_if_too_large(size.num_trainable, job.solver.max_parameters)
     rows = (_unlearning_rows if job.train is None else _training_rows)(size, hf_config, job, prepared)
     found = [PlanRow(*row) for row in (*_model_rows(size, job), *rows)]
-    return Plan(prepared, tuple(found), size.fallback_reason)
+    return Plan(prepared, tuple(found), size.fallback_reason, size.num_batch_norms)
 
 
 def run_plan(job: JobConfig, console: Console) -> None:
@@ -85,6 +93,7 @@ def run_plan(job: JobConfig, console: Console) -> None:
     print_line(console, describe_data(plan.data))
     warn_of_reference(console, job, plan.data)
     warn_of_fallback(console, plan.segment_fallback)
+    say_statistics(console, plan.num_batch_norms)
     console.print(facts_table("Plan", ("quantity", "value", "unit, why"), plan.rows))
     console.print("the job is valid; nothing was loaded or written", highlight=False)
 

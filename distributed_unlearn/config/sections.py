@@ -41,7 +41,7 @@ class DataConfig(StrictModel):
     """The training records: anything that `datasets` loads, and how a row becomes prompt and answer."""
 
     path: str
-    """File (jsonl, json, csv, parquet), folder, or Hub data set name."""
+    """File (jsonl, json, csv, parquet), folder, or Hub data set name; `sklearn:digits` for scikit-learn's images."""
     name: str | None = None
     """Hub data set configuration name."""
     split: str = "train"
@@ -76,11 +76,13 @@ class DataConfig(StrictModel):
 
 
 class SelectionConfig(StrictModel):
-    """Names records: by subject, by id, by a file with one id a line, or (holdout only) all of another file."""
+    """Names records: by subject, id, class, a file with one id a line, or (holdout only) all of another file."""
 
     subjects: tuple[str, ...] = ()
     record_ids: tuple[str, ...] = ()
     ids_file: str | None = None
+    classes: tuple[int | str, ...] = ()
+    """Classifiers: all records of these classes, by number from 0 or by name."""
     path: str | None = None
     name: str | None = None
     """Hub data set configuration name of `path`; data.name belongs to data.path alone."""
@@ -91,8 +93,8 @@ class SelectionConfig(StrictModel):
     def _names_something(self) -> "SelectionConfig":
         if self.path is None and (self.name is not None or self.split is not None):
             raise ValueError("name and split belong to path, which is not given; remove them")
-        if not (self.subjects or self.record_ids or self.ids_file or self.path):
-            raise ValueError("an empty selection; name subjects, record_ids, ids_file or (holdout only) path")
+        if not (self.subjects or self.record_ids or self.ids_file or self.classes or self.path):
+            raise ValueError("an empty selection; name subjects, record_ids, ids_file, classes or (holdout only) path")
         return self
 
 

@@ -61,7 +61,8 @@ class Linearisation:
         keep_forward: bool = False,
     ) -> None:
         assert shares, "no micro-batch: a rank without records takes part with an empty one"
-        self._segmented, self._store, self._shares = segmented, store, tuple(shares)
+        self._segmented, self._store = segmented, store
+        self._shares = tuple(share.in_dtype(store.compute_dtype) for share in shares)
         self._operator, self._cached, self._keep_forward = operator_of(product), cached, cached or keep_forward
         self._recording: Recording | None = None
         """What cached mode keeps between calls."""

@@ -14,9 +14,10 @@ in memory for one micro-batch at a time.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, is_grad_enabled, nn
 from torch.autograd.graph import Node
@@ -43,6 +44,15 @@ class LossShare:
     positions: Tensor | None = None
     """int64 [N] into [B * T]: the loss is given the logits [N, V] of these alone, and no others are computed; None:
     it is given all that the model returns."""
+
+    def in_dtype(self, dtype: torch.dtype) -> "LossShare":
+        """With inputs that are real numbers (images) in the dtype of the weights that they meet."""
+        real = {
+            name: value.to(dtype)
+            for name, value in self.inputs.items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+        return replace(self, inputs={**self.inputs, **real}) if real else self
 
 
 class _ForwardOnly(nn.Module):

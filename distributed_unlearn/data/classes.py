@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from distributed_unlearn.config import DataConfig
+from distributed_unlearn.data.batches import Corpus, PredictionBatch
 from distributed_unlearn.errors import ConfigError, DataError
 
 
@@ -86,3 +87,62 @@ def class_number(label: str, names: tuple[str, ...], record_id: str) -> int:
         "set data.label_names to the labels as the data spells them, that of class 0 first; or correct the record, or "
         "name another column in data.label_field",
     )
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledCorpus:
+    """The driver's corpus of a classifier: what the workers read, and whose records they are; a `NamedCorpus`."""
+
+    records: Corpus
+    labels: Labels
+
+    def __post_init__(self) -> None:
+        assert self.records.num_records == len(self.labels.classes)
+
+    @property
+    def num_records(self) -> int:
+        """Number of records."""
+        return self.records.num_records
+
+    @property
+    def record_ids(self) -> tuple[str, ...]:
+        """Every record's id."""
+        return self.labels.record_ids
+
+    @property
+    def subject_ids(self) -> tuple[str | None, ...]:
+        """Whose record it is, where the data say so."""
+        return self.labels.subject_ids
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """See `Corpus.lengths`."""
+        return self.records.lengths(indices)
+
+    def num_answer_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """See `Corpus.num_answer_tokens`."""
+        return self.records.num_answer_tokens(indices)
+
+    def batch(self, indices: np.ndarray) -> PredictionBatch:
+        """See `Corpus.batch`."""
+        return self.records.batch(indices)
+
+    def without_ids(self) -> Corpus:
+        """What workers need."""
+        return self.records
+
+    def of_classes(self, wanted: Sequence[int | str]) -> np.ndarray:
+        """Records of the classes that are wanted, by number or by name: int64, sorted.
+
+        Raises:
+            DataError: no such class.
+        """
+        names = self.labels.class_names
+        unknown = [value for value in wanted if not (value in names or value in range(len(names)))]
+        if unknown:
+            raise DataError(
+                f"{len(unknown)} unknown class(es) of {len(wanted)}, e.g. {', '.join(map(repr, unknown[:5]))}",
+                f"names of classes, or numbers from 0 to {len(names) - 1}",
+                "check the selection against the checkpoint's id2label and data.label_names",
+            )
+        numbers = [value if isinstance(value, int) else names.index(value) for value in wanted]
+        return np.flatnonzero(np.isin(self.labels.classes, numbers)).astype(np.int64)

@@ -88,7 +88,9 @@ class EncodingReport:
     num_truncated: int
     num_dropped: int
     longest: int
-    """Tokens of the longest record, before truncation or dropping."""
+    """Size of the largest record, before truncation or dropping."""
+    unit: Literal["tokens", "pixels a side"] = "tokens"
+    """Of `longest`."""
 
 
 @dataclass(frozen=True, eq=False)

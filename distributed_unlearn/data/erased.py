@@ -8,7 +8,7 @@ import numpy as np
 from transformers.utils import cached_file
 
 from distributed_unlearn.config import ErasedConfig, ModelConfig
-from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.data.batches import NamedCorpus
 from distributed_unlearn.data.selection import read_ids
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.files import expand_home
@@ -77,7 +77,7 @@ def checkpoint_lineage(model: ModelConfig, named: ErasedConfig | None) -> Lineag
     return Lineage()
 
 
-def find_erased(lineage: Lineage, named: ErasedConfig | None, corpus: EncodedCorpus) -> ErasedBefore:
+def find_erased(lineage: Lineage, named: ErasedConfig | None, corpus: NamedCorpus) -> ErasedBefore:
     """Find the records of `lineage` and of `data.erased` in the data.
 
     An id of `data.erased` that the data does not hold is handed on all the same: the data of a later job may hold it.

@@ -6,9 +6,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 
 from distributed_unlearn.config import DataConfig
+from distributed_unlearn.data.batches import PredictionBatch
 from distributed_unlearn.data.classes import Labels, class_number
 from distributed_unlearn.data.corpus import identity_of, open_table, refuse_duplicates
 from distributed_unlearn.errors import DataError
@@ -20,6 +22,45 @@ IMAGES_PER_CALL = 256
 """Images prepared at once: bounds what is in memory beside the prepared array."""
 MODES = {1: "L", 3: "RGB"}
 """Pillow's name of an image of so many channels with 8 bits each."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCorpus:
+    """Prepared images with their classes; a `Corpus`. All in memory, four bytes a value."""
+
+    values: np.ndarray
+    """float32 [num_records, channels, height, width]."""
+    classes: np.ndarray
+    """int64 [num_records]."""
+
+    def __post_init__(self) -> None:
+        assert len(self.values) == len(self.classes) and self.values.ndim == 4
+
+    @property
+    def num_records(self) -> int:
+        """Number of records."""
+        return len(self.classes)
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """All alike."""
+        return np.ones(np.shape(indices), dtype=np.int64)
+
+    def num_answer_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """One prediction a record."""
+        return np.ones(np.shape(indices), dtype=np.int64)
+
+    def batch(self, indices: np.ndarray) -> PredictionBatch:
+        """See `Corpus.batch`; the row of no records is a black image."""
+        indices = np.asarray(indices, dtype=np.int64)
+        values = self.values[indices] if len(indices) else np.zeros((1, *self.values.shape[1:]), dtype=np.float32)
+        rows = torch.arange(len(indices))
+        return PredictionBatch(
+            inputs={"pixel_values": torch.from_numpy(values)},
+            positions=rows,
+            labels=torch.from_numpy(self.classes[indices]),
+            record=rows,
+            num_rows=len(values),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which records are forgotten, held out and retained, as indices into an `EncodedCorpus`."""
+"""Which records are forgotten, held out and retained, as indices into a corpus."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from distributed_unlearn.config import SelectionConfig
-from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.data.batches import NamedCorpus
+from distributed_unlearn.data.classes import LabelledCorpus
 from distributed_unlearn.errors import DataError
 
 
@@ -38,8 +39,8 @@ class Partition:
         return np.setdiff1d(self.training, forgotten, assume_unique=True)
 
 
-def resolve(selection: SelectionConfig, corpus: EncodedCorpus) -> np.ndarray:
-    """Indices of the records that a selection names by subject, id or ids file; the union of all three.
+def resolve(selection: SelectionConfig, corpus: NamedCorpus) -> np.ndarray:
+    """Indices of the records that a selection names by subject, id, ids file or class; the union of all four.
 
     `selection.path` names no record of `corpus`; see `partition_records`.
 
@@ -47,7 +48,7 @@ def resolve(selection: SelectionConfig, corpus: EncodedCorpus) -> np.ndarray:
         int64 [num_selected], sorted, each index once.
 
     Raises:
-        DataError: an ids file that cannot be read, or an unknown id or subject.
+        DataError: an ids file that cannot be read, or an unknown id, subject or class.
     """
     ids = [*selection.record_ids, *read_ids(selection.ids_file)]
     index_of = {record_id: index for index, record_id in enumerate(corpus.record_ids)}
@@ -57,11 +58,20 @@ def resolve(selection: SelectionConfig, corpus: EncodedCorpus) -> np.ndarray:
     subjects = frozenset(selection.subjects)
     chosen = {index_of[record_id] for record_id in ids}
     chosen.update(index for index, subject_id in enumerate(corpus.subject_ids) if subject_id in subjects)
-    return np.array(sorted(chosen), dtype=np.int64)
+    by_name = np.array(sorted(chosen), dtype=np.int64)
+    if not selection.classes:
+        return by_name
+    if not isinstance(corpus, LabelledCorpus):
+        raise DataError(
+            "a selection by classes of records that have none",
+            "subjects, record_ids or ids_file",
+            "select in another way, or set model.task to a classifier's",
+        )
+    return _union((by_name, corpus.of_classes(selection.classes)))
 
 
 def partition_records(
-    corpus: EncodedCorpus,
+    corpus: NamedCorpus,
     forget_selections: Sequence[SelectionConfig],
     holdout_selection: SelectionConfig | None,
     num_main_records: int,
@@ -107,7 +117,7 @@ def partition_records(
     return partition
 
 
-def _refuse_overlaps(corpus: EncodedCorpus, rounds: Sequence[np.ndarray], holdout: np.ndarray) -> None:
+def _refuse_overlaps(corpus: NamedCorpus, rounds: Sequence[np.ndarray], holdout: np.ndarray) -> None:
     for index, forget in enumerate(rounds):
         number = index + 1
         if len(forget) == 0:
@@ -130,7 +140,7 @@ def _refuse_overlaps(corpus: EncodedCorpus, rounds: Sequence[np.ndarray], holdou
             )
 
 
-def _refuse_known_holdout(corpus: EncodedCorpus, known: np.ndarray) -> None:
+def _refuse_known_holdout(corpus: NamedCorpus, known: np.ndarray) -> None:
     if len(known):
         raise DataError(
             f"{len(known)} record(s) held out that were erased from the checkpoint before, e.g. "
@@ -176,5 +186,5 @@ def _refuse_unknown(what: str, names: Sequence[str], known: Iterable[str]) -> No
         )
 
 
-def _some_ids(corpus: EncodedCorpus, indices: np.ndarray) -> str:
+def _some_ids(corpus: NamedCorpus, indices: np.ndarray) -> str:
     return ", ".join(repr(corpus.record_ids[index]) for index in indices[:5])

@@ -89,9 +89,10 @@ def _compute_reference(
     model: nn.Module, check: CurvatureCheck, batch: CheckBatch, constants: dict[str, Any], tangent: dict[str, Tensor]
 ) -> tuple[Reference, str]:
     loss_of_logits = _loss_of(batch, batch.num_labels)
+    inputs = LossShare(batch.inputs, loss_of_logits).in_dtype(torch.float64).inputs
 
     def logits_fn(module: nn.Module) -> Tensor:
-        logits: Tensor = module(**constants, **batch.inputs).logits
+        logits: Tensor = module(**constants, **inputs).logits
         return logits
 
     with LiftFloat32Casts():

@@ -15,7 +15,7 @@ from distributed_unlearn.curvature.layout import FlatLayout, build_layout
 from distributed_unlearn.curvature.segments import find_segments, frozen_rows, trainable_names
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.models.families import family_of
-from distributed_unlearn.models.family import build
+from distributed_unlearn.models.family import ModelFamily, batch_norms, build
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class ModelSize:
     num_blocks: int
     fallback_reason: str | None
     layout: FlatLayout
+    family: ModelFamily
+    num_batch_norms: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def measure_model(
         num_blocks=len(sizes) - 1,
         fallback_reason=segmented.fallback_reason,
         layout=layout,
+        family=family,
+        num_batch_norms=len(batch_norms(model)),
     )
 
 
@@ -113,11 +117,12 @@ def estimate_memory(
     zero_stage: int,
     num_vectors: int,
     micro_batch_size: int,
-    sequence_length: int,
+    record_size: int,
     held_inputs: int,
 ) -> MemoryEstimate:
     """Largest terms of one rank's memory; `num_vectors` are the solver's parameter vectors.
 
+    `record_size`: of the largest record: tokens, or pixels a side.
     `held_inputs`: of how many micro-batches a pass holds the block inputs at once, tangents counted as inputs.
     """
     world, item = size.layout.world_size, dtype.itemsize
@@ -125,42 +130,31 @@ def estimate_memory(
     weights = (size.num_parameters // world if zero_stage == 3 else size.num_parameters) * item
     if not (zero_stage == 3 and dtype == torch.float32):
         weights += shard
-    tokens, hidden, block = _activation_sizes(hf_config, micro_batch_size, sequence_length)
+    sizes = size.family.activation_sizes(hf_config, micro_batch_size, record_size)
     layers = max(size.num_blocks, 1)
     # A product holds a block's gradient graph and its tangents beside its graph, about three times that.
-    activations = item * (held_inputs * layers * tokens * hidden + 3 * block) + 4 * 4 * tokens * int(
-        hf_config.vocab_size
-    )
+    blocks = held_inputs * layers * sizes.block_input + 3 * sizes.block_graph
     return MemoryEstimate(
         weights=weights,
         vectors=num_vectors * shard,
         host_copies=2 * shard,
         gathered=4 * item * (size.root_parameters + size.largest_block_parameters),
-        activations=activations,
+        activations=item * blocks + 4 * 4 * sizes.logits,
     )
 
 
-def _activation_sizes(hf_config: Any, micro_batch_size: int, sequence_length: int) -> tuple[int, int, int]:
-    """Tokens of a micro-batch, hidden size, and the elements that one block's graph keeps."""
-    tokens, hidden = micro_batch_size * sequence_length, int(hf_config.hidden_size)
-    inner = int(getattr(hf_config, "intermediate_size", 4 * hidden) or 4 * hidden)
-    heads = int(getattr(hf_config, "num_attention_heads", 1) or 1)
-    # About a dozen hidden states, four inner states and three attention maps.
-    return tokens, hidden, tokens * (12 * hidden + 4 * inner + 3 * heads * sequence_length)
-
-
 def estimate_training_memory(
-    size: ModelSize, hf_config: Any, dtype: torch.dtype, zero_stage: int, micro_batch_size: int, sequence_length: int
+    size: ModelSize, hf_config: Any, dtype: torch.dtype, zero_stage: int, micro_batch_size: int, record_size: int
 ) -> TrainingMemoryEstimate:
     """Largest terms of one rank's memory in a training job; `zero_stage` is the training's own."""
     world, item = size.layout.world_size, dtype.itemsize
-    tokens, _, block = _activation_sizes(hf_config, micro_batch_size, sequence_length)
+    sizes = size.family.activation_sizes(hf_config, micro_batch_size, record_size)
     states = (8 if zero_stage == 0 and dtype == torch.float32 else 12) * size.num_trainable
     return TrainingMemoryEstimate(
         weights=item * (size.num_parameters // world if zero_stage == 3 else size.num_parameters),
         gradients=item * (size.num_trainable // world if zero_stage >= 2 else size.num_trainable),
         optimizer_states=states // world if zero_stage >= 1 else states,
-        activations=item * max(size.num_blocks, 1) * block + 3 * 4 * tokens * int(hf_config.vocab_size),
+        activations=item * max(size.num_blocks, 1) * sizes.block_graph + 3 * 4 * sizes.logits,
     )
 
 

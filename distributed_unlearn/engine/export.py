@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from distributed_unlearn.config import ModelConfig, SaveConfig
 from distributed_unlearn.curvature.layout import SegmentLayout, Slot
@@ -162,9 +161,9 @@ def export_model(
 
 
 def write_tokenizer(opened: OpenedModel, base: str, revision: str | None, folder: Path) -> None:
-    """Rank 0 copies the base checkpoint's tokenizer. All ranks must call this."""
+    """Rank 0 copies the base checkpoint's tokenizer or image processor. All ranks must call this."""
     if opened.communicator.rank == 0:
-        AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False).save_pretrained(folder)
+        opened.family.save_processor(base, revision, folder)
     opened.communicator.barrier()
 
 

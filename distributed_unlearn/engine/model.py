@@ -16,7 +16,7 @@ from distributed_unlearn.engine.vectors import ShardedSpace
 from distributed_unlearn.engine.weights import ExactWeights, ShardedWeights
 from distributed_unlearn.errors import ModelError, NumericalError
 from distributed_unlearn.models.families import family_of
-from distributed_unlearn.models.family import ModelFamily
+from distributed_unlearn.models.family import ModelFamily, batch_norms
 from distributed_unlearn.models.stored import float_dtype, stored_tensors
 from distributed_unlearn.workers.messages import ModelFacts
 
@@ -53,6 +53,7 @@ class OpenedModel:
             context_length=self.family.context_length(self.config),
             vocab_size=self.family.vocab_size(self.config),
             checkpoint_dtype=str(self.checkpoint_dtype).removeprefix("torch."),
+            num_batch_norms=len(batch_norms(self.model)),
         )
 
 

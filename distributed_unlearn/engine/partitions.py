@@ -51,9 +51,17 @@ def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
 @contextmanager
 def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     keep_alive = HfDeepSpeedConfig(config)  # transformers holds it by a weak reference
+    fans = torch.nn.init._calculate_fan_in_and_fan_out
+
+    def fans_of_partition(tensor: torch.Tensor) -> tuple[int, int]:
+        # An architecture may ask for them although the weight is loaded (ResNet does); a placeholder has no shape.
+        return fans(tensor.new_zeros(()).expand(getattr(tensor, "ds_shape", tensor.shape)))
+
+    torch.nn.init._calculate_fan_in_and_fan_out = fans_of_partition
     try:
         yield
     finally:
+        torch.nn.init._calculate_fan_in_and_fan_out = fans
         del keep_alive
         unset_hf_deepspeed_config()
 

@@ -144,8 +144,10 @@ class Trainer:
 
     def _sum_of_nll(self, indices: Indices) -> torch.Tensor:
         batch = self._corpus.batch(indices).to(self._communicator.device)
+        dtype = next(self.model.parameters()).dtype
+        inputs = {k: value.to(dtype) if value.is_floating_point() else value for k, value in batch.inputs.items()}
         with rows_before_head(self.model, batch.positions) as selection:
-            logits = selection.rows(self._engine(**self._constants, **batch.inputs).logits)
+            logits = selection.rows(self._engine(**self._constants, **inputs).logits)
         return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
 
     def _mean_loss(self, local: float, num_tokens: int, step_index: int) -> float:

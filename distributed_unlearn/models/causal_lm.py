@@ -1,5 +1,6 @@
 """Causal language models: everything that `AutoModelForCausalLM` opens, and the text part of multimodal models."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from distributed_unlearn.curvature.segments import Blocks, no_split_blocks
-from distributed_unlearn.models.family import CheckBatch
+from distributed_unlearn.models.family import ActivationSizes, CheckBatch, transformer_activations
+from distributed_unlearn.models.processor import save_tokenizer
 
 
 class CausalLM:
@@ -59,3 +61,12 @@ class CausalLM:
         first = max(1, sequence_length // 4)
         labels[:, first - 1 : -1] = torch.where(mask[:, first:], ids[:, first:], -100)
         return CheckBatch({"input_ids": ids, "attention_mask": mask.long()}, labels)
+
+    def activation_sizes(self, hf_config: Any, micro_batch_size: int, record_size: int) -> ActivationSizes:
+        """Of a transformer; logits at every position."""
+        num_logits = micro_batch_size * record_size * int(hf_config.vocab_size)
+        return transformer_activations(hf_config, micro_batch_size, record_size, num_logits)
+
+    def save_processor(self, path: str, revision: str | None, folder: Path) -> None:
+        """The tokenizer."""
+        save_tokenizer(path, revision, folder)

@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.files import expand_home
+from distributed_unlearn.models.cnn import register_own_models
 from distributed_unlearn.models.hub_errors import unreadable
 
 
@@ -59,6 +60,7 @@ def load_model_config(config: ModelConfig) -> Any:
     Raises:
         ModelError: it cannot be had, with the cause.
     """
+    register_own_models()
     path = expand_home(config.path)
     try:
         return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)

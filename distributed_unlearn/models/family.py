@@ -5,6 +5,7 @@ with these members and one line in `families.py`.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +39,17 @@ class CheckBatch:
         """The batch on `device`."""
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
         return CheckBatch(inputs, self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class ActivationSizes:
+    """Elements that a forward pass of one micro-batch makes, for estimates of memory."""
+
+    block_input: int
+    """Largest input of a block."""
+    block_graph: int
+    """What the graph of the largest block keeps."""
+    logits: int
 
 
 class ModelFamily(Protocol):
@@ -90,6 +102,35 @@ class ModelFamily(Protocol):
     def check_batch(self, hf_config: Any, batch_size: int, sequence_length: int, seed: int) -> CheckBatch:
         """A random batch, a function of its arguments alone."""
         ...
+
+    def activation_sizes(self, hf_config: Any, micro_batch_size: int, record_size: int) -> ActivationSizes:
+        """Sizes for records of `record_size` tokens, or images of so many pixels a side."""
+        ...
+
+    def save_processor(self, path: str, revision: str | None, folder: Path) -> None:
+        """Write what prepares the records of the checkpoint at `path` (its tokenizer, ...) into `folder`."""
+        ...
+
+
+def transformer_activations(
+    hf_config: Any, micro_batch_size: int, sequence_length: int, num_logits: int
+) -> ActivationSizes:
+    """Sizes of a transformer's layer: about a dozen hidden states, four inner states and three attention maps."""
+    tokens, hidden = micro_batch_size * sequence_length, int(hf_config.hidden_size)
+    inner = int(getattr(hf_config, "intermediate_size", 4 * hidden) or 4 * hidden)
+    heads = int(getattr(hf_config, "num_attention_heads", 1) or 1)
+    graph = tokens * (12 * hidden + 4 * inner + 3 * heads * sequence_length)
+    return ActivationSizes(tokens * hidden, graph, num_logits)
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The layers of batch normalisation.
+
+    They use their running statistics, in training too, since models stay in `eval()` mode: statistics of a micro-batch
+    would make results depend on the number of ranks, and statistics that follow the records hold a trace of them that
+    no update of the weights can take away again.
+    """
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def build(family: ModelFamily, hf_config: Any) -> nn.Module:

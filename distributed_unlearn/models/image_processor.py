@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,17 @@ def load_image_preparation(config: ModelConfig, hf_config: Any) -> ImagePreparat
             "correct its config.json",
         )
     return ImagePreparation(num_channels, height_width, _load_processor(config), mean, std)
+
+
+def save_image_processor(path: str, revision: str | None, folder: Path) -> None:
+    """Write the image processor of the checkpoint at `path` into `folder`; nothing where it has none.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    processor = _load_processor(ModelConfig(path=path, revision=revision))
+    if processor is not None:
+        processor.save_pretrained(folder)
 
 
 def _load_processor(config: ModelConfig) -> Any | None:

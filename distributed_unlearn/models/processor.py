@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint, fit for telling prompt from answer."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -43,6 +44,11 @@ def load_tokenizer(config: ModelConfig, pad_token: str | None = None) -> PreTrai
             f"set data.pad_token{_example(tokenizer)}, or pad_token in the checkpoint's tokenizer_config.json",
         )
     return tokenizer
+
+
+def save_tokenizer(path: str, revision: str | None, folder: Path) -> None:
+    """Write the tokenizer of the checkpoint at `path` into `folder`."""
+    AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False).save_pretrained(folder)
 
 
 def _example(tokenizer: PreTrainedTokenizerBase) -> str:

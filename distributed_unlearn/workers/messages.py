@@ -54,6 +54,8 @@ class ModelFacts:
     vocab_size: int | None
     """None where records are not tokens."""
     checkpoint_dtype: str
+    num_batch_norms: int = 0
+    """Layers of batch normalisation; all use their running statistics, which nothing here changes."""
 
 
 @dataclass(frozen=True, eq=False)
