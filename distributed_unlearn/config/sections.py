@@ -82,7 +82,7 @@ class SelectionConfig(StrictModel):
     record_ids: tuple[str, ...] = ()
     ids_file: str | None = None
     classes: tuple[int | str, ...] = ()
-    """Classifiers: all records of these classes, by number from 0 or by name."""
+    """Classifiers: the records of these classes, by number from 0 or by name; of `forget` those not held out."""
     path: str | None = None
     name: str | None = None
     """Hub data set configuration name of `path`; data.name belongs to data.path alone."""

@@ -39,10 +39,11 @@ class Partition:
         return np.setdiff1d(self.training, forgotten, assume_unique=True)
 
 
-def resolve(selection: SelectionConfig, corpus: NamedCorpus) -> np.ndarray:
+def resolve(selection: SelectionConfig, corpus: NamedCorpus, holdout: np.ndarray | None = None) -> np.ndarray:
     """Indices of the records that a selection names by subject, id, ids file or class; the union of all four.
 
-    `selection.path` names no record of `corpus`; see `partition_records`.
+    `selection.path` names no record of `corpus`; see `partition_records`. `holdout` are records that `classes` leaves
+    out.
 
     Returns:
         int64 [num_selected], sorted, each index once.
@@ -61,13 +62,15 @@ def resolve(selection: SelectionConfig, corpus: NamedCorpus) -> np.ndarray:
     by_name = np.array(sorted(chosen), dtype=np.int64)
     if not selection.classes:
         return by_name
+    # A class is everybody's: the held-out records of it were never trained on, and so are not to be forgotten.
     if not isinstance(corpus, LabelledCorpus):
         raise DataError(
             "a selection by classes of records that have none",
             "subjects, record_ids or ids_file",
             "select in another way, or set model.task to a classifier's",
         )
-    return _union((by_name, corpus.of_classes(selection.classes)))
+    of_classes = corpus.of_classes(selection.classes)
+    return _union((by_name, of_classes if holdout is None else np.setdiff1d(of_classes, holdout)))
 
 
 def partition_records(
@@ -95,10 +98,10 @@ def partition_records(
             held out that was erased before, an empty forget or holdout set, or nothing left to retain.
     """
     assert 0 <= num_main_records <= corpus.num_records
-    rounds = tuple(resolve(selection, corpus) for selection in forget_selections)
     separate = np.arange(num_main_records, corpus.num_records, dtype=np.int64)
     chosen = resolve(holdout_selection, corpus) if holdout_selection is not None else separate
     holdout = _union((chosen, separate))
+    rounds = tuple(resolve(selection, corpus, holdout) for selection in forget_selections)
     if holdout_selection is not None and len(holdout) == 0:
         raise DataError("an empty holdout set", "at least one record", "name records in holdout")
     _refuse_overlaps(corpus, rounds, holdout)
