@@ -40,6 +40,11 @@ class Corpus(Protocol):
         """Number of records."""
         ...
 
+    @property
+    def largest_token_id(self) -> int | None:
+        """Of all records; None where records are not tokens."""
+        ...
+
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """What a record costs in a forward pass, by which records of like size are put together: int64."""
         ...

@@ -114,6 +114,11 @@ class LabelledCorpus:
         """Whose record it is, where the data say so."""
         return self.labels.subject_ids
 
+    @property
+    def largest_token_id(self) -> int | None:
+        """See `Corpus.largest_token_id`."""
+        return self.records.largest_token_id
+
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """See `Corpus.lengths`."""
         return self.records.lengths(indices)

@@ -50,6 +50,11 @@ class TokenCorpus:
         """Tokens of the longest record."""
         return int(np.diff(self.offsets).max(initial=1))
 
+    @property
+    def largest_token_id(self) -> int:
+        """Of all records."""
+        return int(self.tokens.max())
+
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens per record, prompt and answer: int64, the shape of `indices`."""
         return self.offsets[indices + 1] - self.offsets[indices]

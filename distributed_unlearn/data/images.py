@@ -41,6 +41,11 @@ class ImageCorpus:
         """Number of records."""
         return len(self.classes)
 
+    @property
+    def largest_token_id(self) -> None:
+        """Images are not tokens."""
+        return None
+
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """All alike."""
         return np.ones(np.shape(indices), dtype=np.int64)

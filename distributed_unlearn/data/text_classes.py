@@ -48,6 +48,11 @@ class TextClassCorpus:
         """Tokens of the longest record."""
         return int(np.diff(self.offsets).max(initial=1))
 
+    @property
+    def largest_token_id(self) -> int:
+        """Of all records."""
+        return int(self.tokens.max())
+
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens per record: int64, the shape of `indices`."""
         return self.offsets[indices + 1] - self.offsets[indices]

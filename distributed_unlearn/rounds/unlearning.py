@@ -101,8 +101,8 @@ def _score_base(session: Session) -> PredictionEvidence | None:
         facts = workers.open_model(
             job.model.model_copy(update={"path": path, "revision": None}), job.model.dtype, job.cluster.zero_stage
         )
-        largest = int(data.corpus.tokens.max())
-        if facts.vocab_size is not None and largest >= facts.vocab_size:
+        largest = data.corpus.largest_token_id
+        if largest is not None and facts.vocab_size is not None and largest >= facts.vocab_size:
             raise ModelError(
                 f"a token id {largest} in the records and a base model of {facts.vocab_size} tokens",
                 "the checkpoint that was fine-tuned, with the same tokenizer",
