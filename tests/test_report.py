@@ -1,26 +1,28 @@
 """Run log, progress, tables, figures and page: what they write, and what they must never do."""
 
 import dataclasses
+import html
 import io
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
-from distributed_unlearn.errors import DataError
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord, Verdict
 from distributed_unlearn.records.verdict import RetainVerdict
 from distributed_unlearn.report import progress as progress_module
-from distributed_unlearn.report.figures import comparison_figure, draw_steps, find_retrained, steps_figure
-from distributed_unlearn.report.page import write_page
+from distributed_unlearn.report.figures import comparison_pictures, draw_steps, find_retrained, steps_pictures
+from distributed_unlearn.report.page import Summary, write_page
 from distributed_unlearn.report.progress import RoundProgress, stage
 from distributed_unlearn.report.run_log import RunLog
-from distributed_unlearn.report.tables import MethodRow, comparison_table, facts_table, number, round_table
+from distributed_unlearn.report.tables import MethodRow, comparison_table, facts_table, number
 
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 FIRST_ORDER = {
     name: None
     for name in ("alpha", "gamma", "cubic_coefficient", "smallest_ritz_value", "largest_ritz_value", "residual")
@@ -158,7 +160,9 @@ def test_progress_prints_few_plain_lines_without_a_terminal():
         for step in range(12):
             bar.update(step_record(step, accepted=step != 4), {"retain loss": 0.02})
     lines = buffer.getvalue().splitlines()
-    assert [line.split()[2] for line in lines[1:]] == ["1/12", "5/12", "10/12", "12/12"]  # the last one always shows
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        f"round 1: step {n} of 12" for n in (1, 5, 10, 12)
+    ]  # the last one always shows
     assert "alpha 0.200" in lines[1] and "gamma 10.0" in lines[1] and "M 100" in lines[1]
     assert "forget distance 1.00" in lines[1] and "retain loss 0.0200" in lines[1] and "accepted yes" in lines[1]
     assert "accepted no after 8 rejected" in lines[2]
@@ -172,7 +176,7 @@ def test_progress_prints_after_ten_seconds(monkeypatch):
         for step, moment in enumerate((1.0, 2.0, 11.5, 12.0)):
             now[0] = moment
             bar.update(step_record(step), {})
-        assert [line.split()[2] for line in buffer.getvalue().splitlines()[1:]] == ["1/12", "3/12"]
+        assert [line.split()[3] for line in buffer.getvalue().splitlines()[1:]] == ["1", "3"]
 
 
 def test_progress_shows_a_first_order_step_and_a_terminal_bar():
@@ -180,7 +184,7 @@ def test_progress_shows_a_first_order_step_and_a_terminal_bar():
     with RoundProgress(out, 3, "round 1") as bar:
         bar.update(dataclasses.replace(step_record(0), terms={}, **FIRST_ORDER), {})
     last = buffer.getvalue()
-    assert "1/3" in last and "loss 3.00" in last and "alpha" not in last
+    assert "step 1 of 3" in last and "loss 3.00" in last and "alpha" not in last
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -219,14 +223,33 @@ def test_number(value, text):
 
 
 def test_tables_show_every_quantity_and_take_no_markup():
-    text = shown(comparison_table(ROWS))
+    text = shown(comparison_table(ROWS, 110))
     for cell in ("retrained model", "0.970", "0.960", "65.4", "1,230", "[bold] <script>", "–"):
         assert cell in text
-    text = shown(round_table(ROUND))
-    assert "forget_round_1" in text and "ToW 0.960" in text and "max_steps" in text
     assert "134.5 M" in shown(
         facts_table("Plan", ("quantity", "value", "why"), [("parameters", "134.5 M", "trainable")])
     )
+
+
+def test_a_comparison_folds_on_a_narrow_terminal():
+    out = Console(file=io.StringIO(), width=80, color_system=None)
+    out.print(comparison_table(ROWS, out.width))
+    text = out.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    lines = [line for line in text.splitlines() if "1.250 / " in line]
+    assert len(lines) == 3 * len(ROWS)  # a line for each set of each method, none broken
+    assert [line.split("│")[2].strip() for line in lines[:3]] == ["forget", "retain", "holdout"]
+    assert "scurenewton [2]" in text and "[2] [bold] <script>" in text
+
+
+def test_tags_of_tensorboard_have_no_spaces(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(tmp_path) as log:
+        log.log("cubic steps", 0, {"forget distance": 1.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["cubic_steps/forget_distance"]
 
 
 def test_find_retrained():
@@ -234,36 +257,45 @@ def test_find_retrained():
     assert find_retrained(ROWS[:1]) is None
 
 
-def test_figures_are_pngs_and_differ_with_the_data(tmp_path):
-    first, second = tmp_path / "new" / "a.png", tmp_path / "b.png"
-    comparison_figure(ROWS, first)
-    comparison_figure(ROWS[:1], second)
-    assert first.read_bytes()[:8] == second.read_bytes()[:8] == PNG_MAGIC
-    assert first.read_bytes() != second.read_bytes()
-    steps_figure(STEPS, first)
-    assert first.read_bytes()[:8] == PNG_MAGIC
+def test_pictures_are_svg_with_text_and_differ_with_the_data():
+    pictures = [*comparison_pictures(ROWS), *steps_pictures(STEPS)]
+    assert [picture.name for picture in pictures[:2]] == ["memorisation", "closeness"]
+    for picture in pictures:
+        ElementTree.fromstring(picture.svg)  # well-formed
+        assert "<text" in picture.svg and picture.title and picture.help.endswith(".")
+        assert len({item.alternative for item in pictures}) == len(pictures)
+    assert "scurenewton: forget 0.42, retain 0.97, holdout 0.40" in pictures[0].alternative
+    assert "retrained model 1.00" in pictures[1].alternative
+    assert comparison_pictures(ROWS)[0].svg == pictures[0].svg != comparison_pictures(ROWS[:1])[0].svg
+    assert comparison_pictures([]) == []
 
 
 def test_rejected_steps_carry_a_cross_and_only_finite_values_are_drawn():
     bad = dataclasses.replace(step_record(3), loss=math.nan, actual_reduction=-math.inf)
-    lines = [line for axes in draw_steps([*STEPS, bad]).axes for line in axes.lines]
+    lines = [line for figure in draw_steps([*STEPS, bad]) for line in figure.axes[0].lines]
     crosses = [line for line in lines if line.get_marker() == "x" and len(line.get_xdata())]
     assert len(crosses) == 7  # loss, distance, alpha, gamma, M, predicted, actual; the applied length has none
-    assert all(list(line.get_xdata()) == [1] for line in crosses)
+    assert all(list(line.get_xdata()) == [2] for line in crosses)  # steps are counted from 1
     dots = [line for line in lines if line.get_marker() in ("o", "s")]
-    assert len(dots) == 8 and all(1 not in line.get_xdata() for line in dots)
+    assert len(dots) == 8 and all(2 not in line.get_xdata() for line in dots)
     assert all(math.isfinite(value) for line in lines for value in line.get_ydata())
-    assert draw_steps(STEPS[:1])._suptitle is None
+    help = {picture.help for picture in steps_pictures(STEPS)}
+    assert all("A cross is a step rejected for good (1 of 3)." in text for text in help)
+    assert not any("cross" in picture.help for picture in steps_pictures(STEPS[:1]))
+
+
+def test_a_length_that_was_not_measured_is_not_drawn():
+    step = dataclasses.replace(step_record(0), update_norm=None, **FIRST_ORDER)
+    assert [picture.name for picture in steps_pictures([step])] == ["objective", "forget_distance"]
 
 
 @pytest.mark.filterwarnings("error")
-def test_figures_survive_missing_and_non_finite_values(tmp_path):
+def test_pictures_survive_missing_and_non_finite_values():
     bad = dataclasses.replace(step_record(3), loss=math.nan, actual_reduction=-math.inf, terms={})
-    steps_figure([*STEPS, bad], tmp_path / "bad.png")
-    steps_figure([dataclasses.replace(step_record(0), **FIRST_ORDER)], tmp_path / "first_order.png")
-    steps_figure([], tmp_path / "empty.png")
+    assert steps_pictures([*STEPS, bad]) and steps_pictures([dataclasses.replace(step_record(0), **FIRST_ORDER)])
+    assert steps_pictures([]) == []
     rows = [dataclasses.replace(row, tug_of_war=None, scores={"forget": set_scores(0.5)}) for row in ROWS]
-    comparison_figure(rows, tmp_path / "partial.png")
+    assert [picture.name for picture in comparison_pictures(rows)] == ["memorisation"]
 
 
 class _Checker(HTMLParser):
@@ -289,23 +321,31 @@ class _Checker(HTMLParser):
         self.text += data
 
 
-def test_page_is_self_contained_balanced_and_escaped(tmp_path):
-    image = tmp_path / "comparison.png"
-    comparison_figure(ROWS, image)
+SUMMARY = Summary("Title <b>", "one & <i>two</i>", ("NOT <u>forgotten",), False, (("Model", "a&b"), ("Date", "now")))
+
+
+def _page(tmp_path, summary=SUMMARY):
     path = tmp_path / "new" / "report.html"
-    write_page(path, "Title <b>", ["one & <i>two</i>"], ROWS, [ROUND], [image])
-    source = path.read_text(encoding="utf-8")
+    write_page(path, summary, ROWS, comparison_pictures(ROWS), [(ROUND, steps_pictures(STEPS))])
+    return path
+
+
+def test_page_is_self_contained_balanced_and_escaped(tmp_path):
+    source = _page(tmp_path).read_text(encoding="utf-8")
     checker = _Checker()
     checker.feed(source)
     assert checker.open == []
-    assert checker.addresses and all(address.startswith("data:image/png;base64,") for address in checker.addresses)
+    assert len(checker.addresses) == 8
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in checker.addresses)
     assert not checker.tags & {"script", "b", "i", "u", "link", "iframe"}
-    assert {"details", "table", "img"} <= checker.tags
+    assert {"details", "table", "img", "dl", "figcaption"} <= checker.tags
     assert "http" not in source and "url(" not in source and "@import" not in source
-    assert "prefers-color-scheme: dark" in source
+    assert "prefers-color-scheme: dark" in source and 'class="verdict bad"' in source
     for text in (
         "Title <b>",
         "one & <i>two</i>",
+        "NOT <u>forgotten",
+        "a&b",
         "[bold] <script>",
         "max_steps <u>&amp;",
         "0.960",
@@ -315,6 +355,45 @@ def test_page_is_self_contained_balanced_and_escaped(tmp_path):
         assert text in checker.text
 
 
-def test_page_refuses_a_missing_image(tmp_path):
-    with pytest.raises(DataError, match="an existing PNG file"):
-        write_page(tmp_path / "report.html", "t", [], [], [], [tmp_path / "none.png"])
+def test_page_says_first_what_was_asked_and_what_came_of_it(tmp_path):
+    source = _page(tmp_path).read_text(encoding="utf-8")
+    order = [source.index(text) for text in ("<h1>", "one &amp;", "NOT &lt;u&gt;", "Model", "Comparison", "<figure>")]
+    assert order == sorted(order) and source.index("<h2>Round 1") < source.index("<h2>Words")
+    for word in ("nats", "memorised", "Tug-of-War", "holdout set", "alpha", "gamma", "<dt>M</dt>"):
+        assert word in source[source.index("<h2>Words") :]
+    assert all(f'alt="{html.escape(p.alternative)}"' in source for p in (*comparison_pictures(ROWS),))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_fits_a_phone_and_a_desk(width, tmp_path):
+    """Nothing but the folded step table may be wider than the window."""
+    path = _page(tmp_path)
+    probe = (
+        "<script>onload = () => { const wide = [...document.querySelectorAll('body *')].filter(e => "
+        "e.checkVisibility() && e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('details, thead'));"
+        "document.title = JSON.stringify([innerWidth, document.documentElement.scrollWidth,"
+        "wide.map(e => e.outerHTML.slice(0, 80)),"
+        "getComputedStyle(document.querySelector('tbody tr')).display]); }</script>"
+    )
+    path.write_text(path.read_text(encoding="utf-8").replace("</main>", f"</main>{probe}"), encoding="utf-8")
+    frame = tmp_path / "frame.html"  # a headless window is at least 500 wide; a frame has any width
+    frame.write_text(
+        f'<iframe src="{path.as_uri()}" width="{width}" height="900" style="border:0"></iframe><script>onload = () =>'
+        " setTimeout(() => document.title = frames[0].document.title, 100)</script>"
+    )
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--hide-scrollbars",
+    ]
+    command += ["--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert found is not None, done.stdout[-500:] + done.stderr[-500:]
+    inner, scrolled, too_wide, row = json.loads(html.unescape(found.group(1)))
+    assert (inner, scrolled, too_wide) == (width, width, [])
+    assert row == ("block" if width == 390 else "table-row")

@@ -13,7 +13,7 @@ from distributed_unlearn.report.tables import comparison_table
 from distributed_unlearn.rounds.events import RunEvents, Unwatched
 from distributed_unlearn.rounds.folder import claimed, output_folder
 from distributed_unlearn.rounds.preparation import prepare_run
-from distributed_unlearn.rounds.result import Report, write_report
+from distributed_unlearn.rounds.report import Report, write_report
 from distributed_unlearn.rounds.session import run_session
 from distributed_unlearn.workers.group import WorkerGroup
 
@@ -53,7 +53,7 @@ def run_command(job: JobConfig, console: Console) -> bool:
     if report.record.kind == "training":
         _print_training(console, report.record)
     else:
-        console.print(comparison_table(report.rows))
+        console.print(comparison_table(report.rows, console.width))
         _print_end(console, report.record)
         _print_verdict(report.record, console)
     for name, path in (("checkpoint", "checkpoint"), ("record", "record.json"), ("report", "report.html")):

@@ -24,12 +24,13 @@ from distributed_unlearn.evaluation.metrics import tug_of_war
 from distributed_unlearn.files import complete_folder, set_aside, write_json
 from distributed_unlearn.provenance import package_versions
 from distributed_unlearn.records import RoundRecord, RunRecord, SetScores, StepRecord, to_json
-from distributed_unlearn.report.figures import comparison_figure, steps_figure
-from distributed_unlearn.report.page import write_page
+from distributed_unlearn.report.figures import comparison_pictures, steps_pictures
+from distributed_unlearn.report.page import Summary, write_page
 from distributed_unlearn.report.progress import RoundProgress, TrainingProgress
 from distributed_unlearn.report.tables import SETS, MethodRow, comparison_table
 from distributed_unlearn.rounds.events import OnStep, OnTrainingStep, Unwatched
 from distributed_unlearn.rounds.folder import claimed, confirm_shared, output_folder
+from distributed_unlearn.rounds.report import PICTURES, summarise_run, write_pictures
 from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.group import WorkerGroup
 from distributed_unlearn.workers.messages import ArchitectureSettings
@@ -40,7 +41,7 @@ _WRITTEN = (
     *_PAPERS,
     *("records.jsonl", "initial", "original", "retrained", "unlearned"),
     *(baseline.folder for baseline in baselines()),
-    *("comparison.png", "steps.png"),
+    PICTURES,
 )
 
 
@@ -80,7 +81,7 @@ def run_demo(settings: DemoSettings, cluster: ClusterConfig, folder: Path, overw
             _create_initial(settings, workers, folder)
             compared = _compare(DemoJobs(settings, cluster, folder), console, group)
         _write(settings, cluster, folder, compared, versions, time.monotonic() - started)
-    console.print(comparison_table(compared.rows))
+    console.print(comparison_table(compared.rows, console.width))
     console.print(f"The cubic steps ended because {compared.round.stop_reason}.", markup=False, highlight=False)
     console.print(f"written: {folder / 'summary.json'}, {folder / 'report.html'}", markup=False, highlight=False)
 
@@ -189,11 +190,10 @@ def _write(
     seconds: float,
 ) -> None:
     """Pictures, page and, last, the summary that tells of everything."""
-    images = [folder / "comparison.png", folder / "steps.png"]
-    comparison_figure(compared.rows, images[0])
-    steps_figure(compared.round.steps, images[1])
-    paragraphs, rows = _paragraphs(settings, compared), compared.rows
-    write_page(folder / "report.html", "Unlearning demo", paragraphs, rows, [compared.round], images)
+    rows, comparison, course = compared.rows, comparison_pictures(compared.rows), steps_pictures(compared.round.steps)
+    write_pictures(folder, [("", picture) for picture in (*comparison, *course)])
+    summary_page = _summary(settings, compared)
+    write_page(folder / "report.html", summary_page, rows, comparison, [(compared.round, course)])
     tree = asdict(settings)
     for name in ("train", "solver", "curvature"):
         tree[name] = json.loads(getattr(settings, name).model_dump_json())
@@ -209,13 +209,8 @@ def _write(
     write_json(folder / "summary.json", to_json(summary))
 
 
-def _paragraphs(settings: DemoSettings, compared: _Compared) -> list[str]:
-    counts = {name: scores.num_records for name, scores in compared.round.after.items()}
-    notes = [f"{row.name}: {row.note}." for row in compared.rows if row.note]
-    return [
-        f"{counts['forget']} records of {settings.num_forget_subjects} people were forgotten, {counts['retain']} "
-        f"retained, {counts['holdout']} never trained on. Two models can be compared: the one retrained without the "
-        "forgotten records and the unlearned one; Tug-of-War is 1 when they memorise all three sets equally.",
-        f"The cubic steps ended because {compared.round.stop_reason}.",
-        *notes,
-    ]
+def _summary(settings: DemoSettings, compared: _Compared) -> Summary:
+    run = summarise_run(compared.cubic, "of the demo")
+    asked = f"{settings.num_forget_subjects} fictitious people ask to be forgotten. {run.asked}"
+    notes = [(row.name, row.note) for row in compared.rows if row.note]
+    return replace(run, title="Unlearning demo", asked=asked, facts=(*run.facts, *notes))

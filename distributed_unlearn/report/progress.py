@@ -58,7 +58,7 @@ class RoundProgress:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[done]}"),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 console=console,
@@ -67,7 +67,7 @@ class RoundProgress:
     def __enter__(self) -> Self:
         if self._progress is not None:
             self._progress.start()
-            self._task = self._progress.add_task(self._description, total=self._total_steps, numbers="")
+            self._task = self._progress.add_task(self._description, total=self._total_steps, done="", numbers="")
         else:
             limit = "until its time is up" if self._total_steps is None else f"at most {self._total_steps} steps"
             self._line(f"{self._description}: {limit}")
@@ -86,16 +86,20 @@ class RoundProgress:
         self._num_done += 1
         numbers = "  ".join(f"{name} {text}" for name, text in step_fields(record, extra).items())
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self._num_done, numbers=numbers)
+            self._progress.update(self._task, completed=self._num_done, done=self._done, numbers=numbers)
             return
         elapsed = time.monotonic() - self._start
-        of = "" if self._total_steps is None else f"/{self._total_steps}"
-        self._last_text = f"{self._description} {self._num_done}{of} {elapsed:.0f} s  {numbers}"
+        self._last_text = f"{self._description}: {self._done}, {elapsed:.0f} s  {numbers}"
         self._printed = False
         # Steps of an unbounded run are many and short: only the clock asks for a line.
         nth = self._total_steps is not None and self._num_done % PLAIN_EVERY_STEPS == 0
         if self._num_done == 1 or nth or time.monotonic() - self._last_line >= PLAIN_EVERY_SECONDS:
             self._line(self._last_text)
+
+    @property
+    def _done(self) -> str:
+        of = "" if self._total_steps is None else f" of {self._total_steps}"
+        return f"step {self._num_done}{of}"
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

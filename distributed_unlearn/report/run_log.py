@@ -110,7 +110,7 @@ class RunLog:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         for tag, number in _scalars(cleaned, kind).items():
-            self._writer.add_scalar(tag, number, int(step))
+            self._writer.add_scalar(tag.replace(" ", "_"), number, int(step))
 
     def close(self) -> None:
         """Flush and close both files; harmless when called twice."""

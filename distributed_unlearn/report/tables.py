@@ -8,6 +8,8 @@ from rich.table import Table
 
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
 
+WIDE = 100
+"""Columns of a terminal from which on a comparison has a line for each method."""
 SETS = ("forget", "retain", "holdout")
 """The three sets of every comparison, in the order in which all tables and figures show them."""
 
@@ -61,7 +63,13 @@ def step_cells(steps: Sequence[StepRecord]) -> tuple[list[str], list[list[str]]]
     header += ["rejections", "products", "result", "seconds"]
     body = []
     for step in steps:
-        cells = [str(step.step), number(step.loss), number(step.gradient_norm), number(step.alpha), number(step.gamma)]
+        cells = [
+            str(step.step + 1),
+            number(step.loss),
+            number(step.gradient_norm),
+            number(step.alpha),
+            number(step.gamma),
+        ]
         cells += [number(step.cubic_coefficient), number(step.update_norm), number(step.predicted_reduction)]
         cells += [number(step.actual_reduction), number(step.acceptance_ratio), "yes" if step.accepted else "no"]
         cells += [str(step.num_rejections), str(step.num_products), step.result, f"{step.wall_seconds:.1f}"]
@@ -74,7 +82,7 @@ def round_cells(record: RoundRecord) -> list[list[str]]:
     body = []
     for name in record.after:
         before, after = record.before.get(name), record.after[name]
-        cells = [name, str(after.num_records)]
+        cells = [name.replace("_", " "), str(after.num_records)]
         cells += ["–" if before is None else f"{before.loss_nats_per_token:.3f}", f"{after.loss_nats_per_token:.3f}"]
         cells += ["–" if before is None else f"{before.exact_memorisation:.3f}", f"{after.exact_memorisation:.3f}"]
         body.append(cells)
@@ -107,38 +115,38 @@ def round_summary(record: RoundRecord) -> str:
 def _table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], caption: str | None = None) -> Table:
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for index, name in enumerate(header):
-        left = index == 0 or name in ("note", "result", "unit", "why", "unit, why")
+        left = index == 0 or name in ("set", "note", "result", "unit", "why", "unit, why")
         table.add_column(name, justify="left" if left else "right")
     for cells in body:
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))  # a name in brackets is no rich markup
     return table
 
 
-def comparison_table(rows: Sequence[MethodRow]) -> Table:
+def comparison_table(rows: Sequence[MethodRow], width: int) -> Table:
     """Methods side by side: loss and exact memorisation on the three sets, Tug-of-War, seconds, curvature products.
 
-    Narrow enough for a terminal of 100 columns; notes follow the table as footnotes.
+    On fewer than `WIDE` columns each method takes a line for each set. Notes follow the table as footnotes.
     """
-    header = ["method", *SETS, "ToW", "seconds", "products"]
     _, cells = comparison_cells(rows)
-    body: list[list[str]] = []
-    notes: list[str] = []
-    for row, (name, *numbers, tug, seconds, products, _) in zip(rows, cells, strict=True):
-        if row.note:
-            notes.append(f"[{len(notes) + 1}] {row.note}")
-            name = f"{name} [{len(notes)}]"
-        pairs = [f"{loss} / {share}" for loss, share in zip(numbers[:3], numbers[3:], strict=True)]
-        body.append([name, *pairs, tug, seconds, products])
+    notes = [f"[{index}] {row.note}" for index, row in enumerate((row for row in rows if row.note), start=1)]
+    numbered = iter(range(1, len(notes) + 1))
+    names = [f"{row.name} [{next(numbered)}]" if row.note else row.name for row in rows]
     caption = (
         "Each set: loss in nats per answer token / share of answer tokens memorised. ToW (Tug-of-War): closeness to "
         "the retrained model, 1 is best."
     )
-    return _table("Comparison", header, body, "\n".join([caption, *(note.replace("[", r"\[") for note in notes)]))
-
-
-def round_table(record: RoundRecord) -> Table:
-    """All sets before and after one round, with the round's summary below."""
-    return _table(f"Round {record.round_index + 1}", ROUND_HEADER, round_cells(record), round_summary(record))
+    body: list[list[str]] = []
+    for name, (_, *numbers, tug, seconds, products, _) in zip(names, cells, strict=True):
+        pairs = [f"{loss} / {share}" for loss, share in zip(numbers[:3], numbers[3:], strict=True)]
+        if width >= WIDE:
+            body.append([name, *pairs, tug, seconds, products])
+        else:
+            rest = [[tug, seconds, products], [""] * 3, [""] * 3]
+            labels = [name, "", ""]
+            body += [[labels[i], SETS[i], pairs[i], *rest[i]] for i in range(len(SETS))]
+    header = ["method", *SETS] if width >= WIDE else ["method", "set", "loss / mem."]
+    text = "\n".join([caption, *(note.replace("[", r"\[") for note in notes)])
+    return _table("Comparison", [*header, "ToW", "seconds", "products"], body, text)
 
 
 def facts_table(title: str, header: tuple[str, str, str], rows: Sequence[tuple[str, str, str]]) -> Table:

@@ -1,14 +1,12 @@
-"""What is written beside a checkpoint: the record, the salt, the figures and the page, and in it the model card."""
+"""What is written beside a checkpoint: the record and the salt; and in it: the mark and the lines of its card."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from distributed_unlearn.data.erased import ErasedBefore
-from distributed_unlearn.evaluation.metrics import tug_of_war
 from distributed_unlearn.files import write_json, write_private
 from distributed_unlearn.provenance import Mark, hash_ids, hash_salt, new_salt
 from distributed_unlearn.records import (
@@ -17,13 +15,10 @@ from distributed_unlearn.records import (
     RoundRecord,
     RunRecord,
     SurvivingUpdate,
-    read_record,
     run_verdict,
     to_json,
 )
-from distributed_unlearn.report.figures import steps_figure
-from distributed_unlearn.report.page import write_page
-from distributed_unlearn.report.tables import MethodRow, erased_text
+from distributed_unlearn.report.tables import erased_text
 from distributed_unlearn.rounds.origin import redacted_config
 from distributed_unlearn.rounds.preparation import PreparedRun
 
@@ -103,56 +98,3 @@ def card_lines(rounds: Sequence[RoundRecord], survival: SurvivingUpdate, before:
     else:
         lines.append("No weight changed.")
     return lines
-
-
-def comparison_rows(record: RunRecord) -> list[MethodRow]:
-    """Before and after every round, and the retrained reference where there is one."""
-    rows: list[MethodRow] = []
-    reference = record.retrained
-    for item in record.rounds:
-        # Each round has a forget and a retain set of its own, so each has a state before it to compare with.
-        which = "" if len(record.rounds) == 1 else f" round {item.round_index + 1}"
-        before = None
-        if reference is not None and item.tug_of_war is not None:
-            before = tug_of_war(item.before, reference, tuple(reference))
-        rows.append(MethodRow(f"before{which}", item.before, before, None, None))
-        rows.append(MethodRow(f"after{which}", item.after, item.tug_of_war, item.wall_seconds, item.num_products))
-    if reference is not None:
-        rows.append(MethodRow("retrained", reference, 1.0, None, None))
-    return rows
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was drawn: from which record, with which rows of comparison."""
-
-    record: RunRecord
-    rows: list[MethodRow]
-
-
-def write_report(folder: Path) -> Report:
-    """Read the record in `folder`; draw the course of every round and write one page; an earlier run's pictures go.
-
-    A training has no pictures: its page would hold what its record says.
-
-    Raises:
-        DataError: no record, or one that cannot be read.
-    """
-    record = read_record(folder / RECORD_NAME)
-    rows = comparison_rows(record)
-    for old in folder.glob("steps_round_*.png"):
-        old.unlink()
-    images = []
-    for item in record.rounds:
-        path = folder / f"steps_round_{item.round_index + 1}.png"
-        steps_figure(item.steps, path)
-        images.append(path)
-    if record.kind == "unlearning":
-        paragraphs = [] if record.verdict is None else list(record.verdict.sentences)
-        if record.num_erased_before:
-            paragraphs.append(erased_text(record.num_erased_before, record.num_erased_before_not_in_data))
-        paragraphs += [
-            f"Round {item.round_index + 1}: {item.verdict.words}; {item.stop_reason}" for item in record.rounds
-        ]
-        write_page(folder / "report.html", f"Unlearning run {folder.name}", paragraphs, rows, record.rounds, images)
-    return Report(record, rows)

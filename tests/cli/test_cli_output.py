@@ -103,7 +103,7 @@ def test_overwrite_replaces(tiny: TinyJob, tmp_path, capsys):
     succeed(capsys, arguments)
     first, salt = _record(output), (output / "record.salt").read_text()
     (output / "checkpoint" / "left_over").write_text("old")
-    (output / "steps_round_7.png").write_bytes(b"of a round that the next run does not have")
+    (output / "pictures" / "round_7_gamma.svg").write_text("of a round that the next run does not have")
     assert_refused(call(capsys, arguments), 3, "configuration", "which exists")
     assert _record(output) == first
     succeed(capsys, [*arguments, "overwrite=true", "solver.max_steps=2"])
@@ -114,7 +114,8 @@ def test_overwrite_replaces(tiny: TinyJob, tmp_path, capsys):
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == second["result"]["files"]["model.safetensors"]
     assert not (output / "checkpoint" / "left_over").exists()
     assert (output / "record.salt").read_text() != salt
-    assert [path.name for path in output.glob("*.png")] == ["steps_round_1.png"]
+    names = {path.name for path in (output / "pictures").iterdir()}
+    assert {"memorisation.svg", "round_1_gamma.svg"} <= names and "round_7_gamma.svg" not in names
     kinds = [json.loads(line)["kind"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("round_1/step") == 2 and kinds.count("model") == 1  # of this run alone
     assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []

@@ -74,10 +74,10 @@ def test_nothing_is_left_half_written(finished: Finished):
     assert sorted(path.name for path in finished.folder.iterdir()) == [
         "checkpoint",
         "metrics.jsonl",
+        "pictures",
         "record.json",
         "record.salt",
         "report.html",
-        "steps_round_1.png",
         "tensorboard",
     ]
 
@@ -158,7 +158,7 @@ def test_metrics_and_events_agree_with_the_record(finished: Finished):
 def test_report_and_model_card(finished: Finished):
     page = (finished.folder / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and page.endswith("</html>\n")
-    assert "data:image/png;base64" in page and "Round 1" in page and "max_steps" in page
+    assert "data:image/svg+xml;base64" in page and "Round 1" in page and "max_steps" in page
     card = (finished.folder / "checkpoint" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "4 records asked to be erased, 8 to be retained, 3 steps, 6 curvature products" in card
