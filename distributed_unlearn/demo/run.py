@@ -78,7 +78,7 @@ def run_demo(settings: DemoSettings, cluster: ClusterConfig, folder: Path, overw
             workers = Workers(group)
             confirm_shared(workers, folder)
             set_aside([folder / name for name in _PAPERS])  # they tell of checkpoints that go one by one from here on
-            _create_initial(settings, workers, folder)
+            create_initial(settings, workers, folder)
             compared = _compare(DemoJobs(settings, cluster, folder), console, group)
         _write(settings, cluster, folder, compared, versions, time.monotonic() - started)
     console.print(comparison_table(compared.rows, console.width))
@@ -86,7 +86,8 @@ def run_demo(settings: DemoSettings, cluster: ClusterConfig, folder: Path, overw
     console.print(f"written: {folder / 'summary.json'}, {folder / 'report.html'}", markup=False, highlight=False)
 
 
-def _create_initial(settings: DemoSettings, workers: Workers, folder: Path) -> None:
+def create_initial(settings: DemoSettings, workers: Workers, folder: Path) -> None:
+    """Write the records and an untrained model with its tokenizer, where everything that follows looks for them."""
     write_people(folder / "records.jsonl", settings.num_subjects, settings.records_per_subject, settings.seed)
     people = generate_people(settings.num_subjects, settings.records_per_subject, settings.seed)
     texts = [f"{person['question']} {person['answer']}" for person in people]
