@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distributed_unlearn.data.sampling import cut, draw, micro_batches, num_micro_batches
+from distributed_unlearn.data.sampling import cut, draw, drawn, micro_batches, num_micro_batches, split_roles
 
 POPULATION = np.arange(100, 130)
 
@@ -84,3 +84,18 @@ def test_micro_batches_are_as_many_on_every_rank():
     fewer_than_ranks = [micro_batches(cut(np.arange(1), rank, 3), 8, num_micro_batches(1, 3, 8)) for rank in range(3)]
     assert [[len(part) for part in piece] for piece in fewer_than_ranks] == [[0], [0], [1]]
     assert num_micro_batches(0, 4, 2) == 0
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3, 7, 40])
+@pytest.mark.parametrize("size", [0, 1, 4, 10, 30])
+def test_the_records_that_will_be_drawn_are_known(num_steps, size):
+    """What a round scores at its start: no record too few (it would have no constants), none that is never drawn."""
+    population = np.arange(100, 110)
+    seen = [draw(3, 2, step, "retain", population, size) for step in range(num_steps)]
+    expected = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *seen]))
+    assert drawn(3, 2, num_steps, "retain", population, size).tolist() == expected.tolist()
+
+
+def test_roles_share_a_minibatch():
+    assert split_roles(7, True, True) == (3, 4) and split_roles(1, True, True) == (1, 1)
+    assert split_roles(7, True, False) == (7, 0) and split_roles(7, False, True) == (0, 7)
