@@ -32,6 +32,8 @@ import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
+from judge import SETS, Judge, OneWorker, Problem, load  # noqa: E402
+
 from distributed_unlearn.commands.run import run_job  # noqa: E402
 from distributed_unlearn.config import (  # noqa: E402
     AdamWConfig,
@@ -43,21 +45,12 @@ from distributed_unlearn.config import (  # noqa: E402
     SgdConfig,
     SolverConfig,
 )
-from distributed_unlearn.curvature.linearisation import Linearisation  # noqa: E402
-from distributed_unlearn.curvature.trace import LossShare  # noqa: E402
-from distributed_unlearn.data.encoding import EncodedCorpus  # noqa: E402
-from distributed_unlearn.data.prepare import PreparedData, prepare_data  # noqa: E402
+from distributed_unlearn.data.prepare import prepare_data  # noqa: E402
 from distributed_unlearn.demo.jobs import DemoJobs  # noqa: E402
 from distributed_unlearn.demo.run import create_initial  # noqa: E402
 from distributed_unlearn.demo.settings import demo_settings  # noqa: E402
-from distributed_unlearn.engine.communicator import RankSpec  # noqa: E402
-from distributed_unlearn.engine.inputs import NotedLogits  # noqa: E402
-from distributed_unlearn.engine.model import OpenedModel  # noqa: E402
-from distributed_unlearn.engine.worker import Worker  # noqa: E402
-from distributed_unlearn.evaluation.metrics import score_set, tug_of_war  # noqa: E402
 from distributed_unlearn.objectives.build import build_objective  # noqa: E402
 from distributed_unlearn.provenance import package_versions  # noqa: E402
-from distributed_unlearn.records import SetScores  # noqa: E402
 from distributed_unlearn.rounds.evaluate import evidence  # noqa: E402
 from distributed_unlearn.rounds.methods import build_solver  # noqa: E402
 from distributed_unlearn.rounds.opening import Unseen, drawn_retain_records, opening_constants  # noqa: E402
@@ -65,56 +58,7 @@ from distributed_unlearn.workers.client import Workers  # noqa: E402
 from distributed_unlearn.workers.messages import RoundSpec  # noqa: E402
 from distributed_unlearn.workers.remote_oracle import RemoteOracle  # noqa: E402
 
-SETS = ("forget", "retain", "holdout")
 MOST_STEPS = 400
-
-
-class OneWorker:
-    """A `WorkerGroup` of one whose worker can be looked into."""
-
-    world_size = 1
-
-    def __init__(self) -> None:
-        self.worker = Worker(num_threads=1)
-        port = self.worker.open_rendezvous("127.0.0.1", 600.0)
-        self.worker.connect(RankSpec(0, 1, 0, 1), "127.0.0.1", port, 600.0, use_gpu=False)
-
-    def call_all(self, method: str, *arguments: object) -> list[object]:
-        """One answer."""
-        return [getattr(self.worker, method)(*arguments)]
-
-    def call_rank_zero(self, method: str, *arguments: object) -> object:
-        """The same."""
-        return getattr(self.worker, method)(*arguments)
-
-    def share(self, value: object) -> object:
-        """The value itself."""
-        return value
-
-    def shutdown(self) -> None:
-        """Drop the model."""
-        self.worker.close_model()
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Checkpoints and records of one seed."""
-
-    data: PreparedData
-    original: str
-    retrained: str
-    retrained_again: str | None
-    """Retrained with another seed, for the noise floor; None: not trained."""
-    seed: int
-    gradient_batch: int
-    curvature_batch: int
-    micro_batch_size: int
-
-    def sets(self, most: int | None) -> dict[str, np.ndarray]:
-        """The three sets; of larger ones the first `most` records, in the order of their numbers."""
-        partition = self.data.partition
-        found = {"forget": partition.forget_rounds[0], "retain": partition.retain(0), "holdout": partition.holdout}
-        return {name: np.sort(indices)[:most] for name, indices in found.items()}
 
 
 @dataclass(frozen=True)
@@ -191,61 +135,6 @@ def contestants(problem: Problem, short: bool) -> list[Contestant]:
         Contestant(f"{name} (adamw 3e-4)", ObjectiveConfig(name=name), adamw(3e-4))
         for name in ("npo", "simnpo", "undial")
     ]
-
-
-def distributions(opened: OpenedModel, corpus: EncodedCorpus, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-softmax [N, V] on all predictions of some records, and their labels [N]."""
-    rows, labels = [], []
-    for start in range(0, len(indices), 32):
-        batch, noted = corpus.batch(indices[start : start + 32]), NotedLogits()
-        Linearisation(opened.segmented, opened.store, [LossShare(batch.inputs, noted, batch.positions)]).loss()
-        assert noted.logits is not None
-        rows.append(torch.log_softmax(noted.logits.float(), -1))
-        labels.append(batch.labels)
-    return torch.cat(rows), torch.cat(labels)
-
-
-def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Mean over rows of the Jensen-Shannon divergence of two log-distributions, nats."""
-    middle = torch.logaddexp(p, q) - math.log(2)
-    each = ((p.exp() * (p - middle)).sum(1) + (q.exp() * (q - middle)).sum(1)) / 2
-    return float(each.mean())
-
-
-class Judge:
-    """Compares models with the retrained one on fixed records."""
-
-    def __init__(self, problem: Problem, most: int | None) -> None:
-        self._problem, self._sets = problem, problem.sets(most)
-        retrained, corpus = load(problem.retrained), problem.data.corpus
-        self._reference = {name: distributions(retrained, corpus, i)[0] for name, i in self._sets.items()}
-
-    def look(self, opened: OpenedModel) -> tuple[float, dict[str, float], dict[str, float], float]:
-        """Tug-of-War, JS by set, memorised share by set, retain loss."""
-        js: dict[str, float] = {}
-        scores: dict[str, SetScores] = {}
-        theirs: dict[str, SetScores] = {}
-        for name, indices in self._sets.items():
-            corpus = self._problem.data.corpus
-            found, labels = distributions(opened, corpus, indices)
-            reference = self._reference[name]
-            js[name] = divergence(found, reference)
-            counts = corpus.num_answer_tokens(indices)
-            for rows, into in ((found, scores), (reference, theirs)):
-                nll = -rows.gather(1, labels[:, None])[:, 0].double().numpy()
-                hits = (rows.argmax(-1) == labels).numpy()
-                starts = np.cumsum(counts) - counts
-                sums = np.add.reduceat(nll, starts), counts, np.add.reduceat(hits.astype(np.int64), starts)
-                into[name] = score_set(*sums)
-        memorised = {name: score.exact_memorisation for name, score in scores.items()}
-        return tug_of_war(scores, theirs), js, memorised, scores["retain"].loss_nats_per_token
-
-
-def load(path: str) -> OpenedModel:
-    """A checkpoint, float32, in this process."""
-    group = OneWorker()
-    group.worker.open_model(ModelConfig(path=path), "float32", 0)
-    return group.worker.opened
 
 
 class Runner:
