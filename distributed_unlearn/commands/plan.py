@@ -108,7 +108,8 @@ def _num_vectors(solver: SolverConfig) -> int:
         case SCureNewtonConfig():
             basis = {
                 "krylov": solver.max_krylov_steps + 1,
-                "subspace": 1 + 2 * solver.subspace_steps,  # directions, and the remembered steps
+                # directions, the remembered steps, and the parts of the gradient
+                "subspace": 1 + 2 * solver.subspace_steps + 3 * (solver.subspace_gradient == "by_role"),
                 "gradient_descent": 2,
             }[solver.inner]
             metric = 3 if solver.metric == "adam" else 0  # second moment, scale, scaled gradient
@@ -132,7 +133,7 @@ def _num_products(solver: SolverConfig, num_trainable: int) -> int:
         case SCureNewtonConfig(inner="krylov"):
             return solver.max_krylov_steps
         case SCureNewtonConfig(inner="subspace"):
-            return 1 + solver.subspace_steps
+            return 1 + (solver.subspace_gradient == "by_role") + solver.subspace_steps
         case SCureNewtonConfig():
             return solver.inner_steps
         case DampedNewtonConfig():

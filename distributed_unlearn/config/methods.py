@@ -87,6 +87,9 @@ class SCureNewtonConfig(CubicConfig):
     """Stop growing the Krylov space when the cubic model's residual over ||g|| is below this."""
     subspace_steps: int = Field(default=1, ge=0, le=10)
     """subspace: how many of the last accepted steps span it, beside the gradient; one exact product each."""
+    subspace_gradient: Literal["whole", "by_role"] = "whole"
+    """subspace: the gradient as one direction, or its forget part and its retain part as two, which the cubic model
+    scales apart; one exact product each."""
     inner_steps: int = Field(default=10, ge=1)
     """gradient_descent: inner steps (5 to 10 in the paper)."""
     inner_learning_rate: float = Field(default=0.01, gt=0.0)

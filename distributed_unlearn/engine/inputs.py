@@ -119,9 +119,13 @@ def local_micro_batches(
     world_size: int,
     micro_batch_size: int,
     device: torch.device,
+    totals: MinibatchTotals | None = None,
 ) -> list[MicroBatch]:
-    """This rank's micro-batches; the same number on every rank, some of them empty if need be."""
-    totals = minibatch_totals(corpus, minibatch)
+    """This rank's micro-batches; the same number on every rank, some of them empty if need be.
+
+    `totals` are the counts to divide by, where `minibatch` is a part of another one; None: its own.
+    """
+    totals = minibatch_totals(corpus, minibatch) if totals is None else totals
     parts = [(cut(minibatch.forget, r, world_size), cut(minibatch.retain, r, world_size)) for r in range(world_size)]
     count = max(1, *(-(-(len(forget) + len(retain)) // micro_batch_size) for forget, retain in parts))
     mine, num_forget = np.concatenate(parts[rank]), len(parts[rank][0])

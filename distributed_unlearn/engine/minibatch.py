@@ -18,12 +18,13 @@ from distributed_unlearn.curvature.store import SegmentStore
 from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.data.sampling import draw, split_roles
-from distributed_unlearn.engine.inputs import MicroBatch, Minibatch, NotedLogits, local_micro_batches
+from distributed_unlearn.engine.inputs import MicroBatch, Minibatch, NotedLogits, local_micro_batches, minibatch_totals
 from distributed_unlearn.engine.memory import free_bytes
 from distributed_unlearn.engine.model import OpenedModel
 from distributed_unlearn.engine.weights import FormerWeights
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.objectives.constants import LastSeen
+from distributed_unlearn.objectives.predictions import MinibatchTotals
 from distributed_unlearn.solvers.protocols import LossAndTerms
 from distributed_unlearn.workers.messages import RoundSpec
 
@@ -108,6 +109,8 @@ class MinibatchObjective:
         """Where targets follow the ranks of log-odds last seen; part of what a round that is taken up again needs."""
         self._constants = spec.constants
         self._gradient_batches: list[MicroBatch] = []
+        self._forget_batches: list[MicroBatch] = []
+        """The first of them, where they were drawn by role."""
         self._curvature_minibatch: Minibatch | None = None
         self._curvature_batches: list[MicroBatch] | None = None
         self._linearisations: list[Linearisation] = []
@@ -116,8 +119,11 @@ class MinibatchObjective:
         self.memory: MemoryPlan | None = None
         """What passes keep; decided at the first of them."""
 
-    def draw(self, step_index: int) -> None:
-        """Draw the step's minibatches; the graphs of the step before are dropped. Not collective."""
+    def draw(self, step_index: int, by_role: bool = False) -> None:
+        """Draw the step's minibatches; the graphs of the step before are dropped. Not collective.
+
+        With `by_role` no micro-batch of the gradient minibatch mixes forget and retain records.
+        """
         self._linearisations = []
         solver, spec = self._spec.solver, self._spec
         num_forget, num_retain = self._roles(solver.gradient_batch)
@@ -127,21 +133,35 @@ class MinibatchObjective:
         )
         if self.last_seen is not None:
             self._constants = self.last_seen.constants()
-        self._gradient_batches = self._micro_batches(minibatch)
+        if by_role:
+            totals, none = minibatch_totals(self._corpus, minibatch), minibatch.forget[:0]
+            self._forget_batches = self._micro_batches(Minibatch(minibatch.forget, none), totals)
+            self._gradient_batches = [
+                *self._forget_batches,
+                *self._micro_batches(Minibatch(none, minibatch.retain), totals),
+            ]
+        else:
+            self._forget_batches, self._gradient_batches = [], self._micro_batches(minibatch)
         self._curvature_batches = None
         self._curvature_minibatch = minibatch
         if isinstance(solver, SecondOrderConfig):
             self._curvature_minibatch = minibatch.head(*self._roles(solver.curvature_batch))
         self.has_own_curvature_minibatch = len(self._curvature_minibatch) < len(minibatch)
 
-    def gradient(self, gradient: Tensor, exact_loss: bool) -> LossAndTerms:
+    def gradient(self, gradient: Tensor, exact_loss: bool, forget_part: Tensor | None = None) -> LossAndTerms:
         """Add the gradient to `gradient`; the loss comes with it. All ranks must call this.
 
-        With `exact_loss` the loss is that of `loss`: what trials are compared with must be as exact as they are.
+        With `exact_loss` the loss is that of `loss`: what trials are compared with must be as exact as they are. The
+        forget records' part is added to `forget_part` as well, where the minibatch was drawn by role.
         """
         memory, local = self._decided(), torch.zeros((), dtype=torch.float64)
         self._note_start(self._gradient_batches, memory.gradient_group)
-        for group in _groups(self._gradient_batches, memory.gradient_group):
+        if forget_part is not None:
+            for group in _groups(self._forget_batches, memory.gradient_group):
+                local += self._linearise(group, keep_forward=memory.keep_forward).gradient(forget_part).cpu()
+            gradient.add_(forget_part)
+        remaining = self._gradient_batches[0 if forget_part is None else len(self._forget_batches) :]
+        for group in _groups(remaining, memory.gradient_group):
             local += self._linearise(group, keep_forward=memory.keep_forward).gradient(gradient).cpu()
         self._note_log_odds()
         if exact_loss and self._opened.exact_store is not self._opened.store:
@@ -207,7 +227,7 @@ class MinibatchObjective:
         objective = self._objective
         return split_roles(size, objective.forget_needs is not None, objective.retain_needs is not None)
 
-    def _micro_batches(self, minibatch: Minibatch) -> list[MicroBatch]:
+    def _micro_batches(self, minibatch: Minibatch, totals: MinibatchTotals | None = None) -> list[MicroBatch]:
         communicator = self._opened.communicator
         return local_micro_batches(
             self._corpus,
@@ -218,6 +238,7 @@ class MinibatchObjective:
             communicator.world_size,
             self._spec.curvature.micro_batch_size,
             communicator.device,
+            totals,
         )
 
     def _note_log_odds(self) -> None:

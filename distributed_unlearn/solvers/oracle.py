@@ -73,18 +73,25 @@ class VectorOracle:
         """See `StepOracle.begin_step`. All ranks must call this."""
         self._drop_step()
         self._spec = spec
-        self._objective.draw(step_index)
+        by_role = spec.inner.separates_roles
+        self._objective.draw(step_index, by_role)
         self._gradient.zero_()
-        found = self._objective.gradient(self._gradient, exact_loss=spec.inner.measures_trials)
+        forget_part = torch.zeros_like(self._gradient) if by_role else None
+        found = self._objective.gradient(self._gradient, spec.inner.measures_trials, forget_part)
         norm = metric_norm = self._norm(self._gradient)
         gradient, scale = self._gradient, None
         if spec.metric is not None and math.isfinite(norm) and norm > 0.0:
             scale = spec.metric.scale(self._space, self._gradient, self._memory)
             gradient = self._gradient * scale
             metric_norm = self._norm(gradient)
+        parts: tuple[torch.Tensor, ...] = ()
+        if forget_part is not None:
+            of_forget = forget_part if scale is None else forget_part.mul_(scale)
+            parts = (of_forget, gradient - of_forget)
         self._problem = StepProblem(
             space=self._space,
             gradient=gradient,
+            parts=parts,
             product=self._product,
             scale=scale,
             weights=self._weights.master,

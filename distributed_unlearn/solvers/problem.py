@@ -31,6 +31,8 @@ class StepProblem:
     space: VectorSpace
     gradient: torch.Tensor
     """`S g`, this rank's part; read only."""
+    parts: tuple[torch.Tensor, ...]
+    """`S g` of the forget records and of the retain records, whose sum is `gradient`; empty where not asked for."""
     product: HessianOperator
     """`y -> S H S y` on the curvature minibatch. All ranks must call it together."""
     scale: torch.Tensor | None

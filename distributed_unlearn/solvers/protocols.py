@@ -68,6 +68,11 @@ class InnerSpec(Protocol):
         """Whether a candidate's loss is measured, so that it may be undone."""
         ...
 
+    @property
+    def separates_roles(self) -> bool:
+        """Whether the gradient is wanted in two parts, `StepProblem.parts`."""
+        ...
+
     def start(self, problem: StepProblem) -> InnerShard:
         """The shard's half for one step; no communication."""
         ...
@@ -133,12 +138,17 @@ class StepObjective(Protocol):
         """False where the curvature minibatch is the whole gradient minibatch."""
         ...
 
-    def draw(self, step_index: int) -> None:
-        """Draw the minibatches of this step."""
+    def draw(self, step_index: int, by_role: bool) -> None:
+        """Draw the minibatches of this step; `by_role` if a `forget_part` will be asked for."""
         ...
 
-    def gradient(self, gradient: torch.Tensor, exact_loss: bool) -> LossAndTerms:
-        """Add the gradient to `gradient`; with `exact_loss` the loss is as exact as that of `loss`."""
+    def gradient(
+        self, gradient: torch.Tensor, exact_loss: bool, forget_part: torch.Tensor | None = None
+    ) -> LossAndTerms:
+        """Add the gradient to `gradient` and the forget records' part of it to `forget_part`.
+
+        With `exact_loss` the loss is as exact as that of `loss`.
+        """
         ...
 
     def product(self, vector: torch.Tensor) -> torch.Tensor:

@@ -169,10 +169,11 @@ def load_float64(path: str) -> torch.nn.Module:
 
 
 def loss_on(
-    corpus: EncodedCorpus, problem: Problem, minibatch: Minibatch, start: torch.nn.Module
+    corpus: EncodedCorpus, problem: Problem, minibatch: Minibatch, start: torch.nn.Module, retain_weight: float = 1.0
 ) -> Callable[[torch.nn.Module], torch.Tensor]:
     """The objective on a minibatch, all of it at once, as a function of the module; the round began with `start`."""
-    objective = build_objective(objective_of(problem), HOLDOUT_LOSS)
+    weighted = objective_of(problem).model_copy(update={"retain_weight": retain_weight})
+    objective = build_objective(weighted, HOLDOUT_LOSS)
     totals = minibatch_totals(corpus, minibatch)
     chosen = np.concatenate([minibatch.forget, minibatch.retain])
     tokens = collate(corpus, chosen)

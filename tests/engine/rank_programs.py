@@ -44,7 +44,15 @@ from tests.engine.cases import (
 )
 from tests.engine.checkpoints import NUM_RECORDS
 from tests.engine.ranks import Place, join_worker
-from tests.engine.solver_programs import OwnWorker, first_order, frozen_export, half_precision_steps, resumed_steps
+from tests.engine.solver_programs import (
+    OwnWorker,
+    explicit,
+    first_order,
+    frozen_export,
+    half_precision_steps,
+    remembering,
+    resumed_steps,
+)
 
 
 def run_plan(place: Place, plan: Plan) -> None:
@@ -71,6 +79,8 @@ def _sections(worker: Worker, plan: Plan, folder: Path) -> Iterator[tuple[str, A
         yield f"bf16 {stage}", half_precision(worker, plan, stage)
         yield f"bf16 steps {stage}", half_precision_steps(worker, plan, stage)
         yield f"first order {stage}", first_order(worker, plan, stage)
+        yield f"remembering {stage}", remembering(worker, plan, stage)
+        yield f"explicit {stage}", explicit(worker, plan, stage)
         yield f"frozen export {stage}", frozen_export(worker, plan, stage, folder)
         yield f"resumed {stage}", resumed_steps(worker, plan, stage, folder)
     for stage in plan.export_stages:

@@ -1,18 +1,30 @@
 """What the ranks compute of first-order steps, and of steps and files with bfloat16 compute."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distributed_unlearn.config import AdamWConfig, ModelConfig, SaveConfig, SgdConfig
 from distributed_unlearn.engine.worker import Worker
 from distributed_unlearn.solvers.inner.first_order import AdamWSpec, SgdSpec
-from distributed_unlearn.solvers.methods.scurenewton import SCureNewton
+from distributed_unlearn.solvers.methods.curenewton import CureNewton, CureNewtonSettings
+from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.protocols import StepSpec
 from distributed_unlearn.workers.remote_oracle import RemoteOracle
 from tests.engine.cases import DECAY, RATES, SETTINGS, Plan, Problem, round_spec
 
 TINY_STEPS = dataclasses.replace(SETTINGS, max_krylov_steps=2, cubic_coefficient=1e6, adaptation="factor")
+
+
+REMEMBERING = SCureNewtonSettings(
+    inner="subspace", metric="adam", subspace_steps=2, subspace_gradient="by_role", cubic_coefficient=1.0
+)
+EXPLICIT = CureNewtonSettings(cubic_coefficient=1.0)
+NORMS = ("*norm*",)
+"""Few enough parameters for a matrix; vectors of 9 entries, which no number of ranks divides."""
 
 
 class OwnWorker:
@@ -106,3 +118,39 @@ def resumed_steps(worker: Worker, plan: Plan, stage: int, folder: Path) -> dict[
         "whole": whole,
         "resumed": (worker.opened.weights.master.clone(), worker.round_update_norm()),
     }
+
+
+def remembering(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
+    """Three steps that remember, and the third again in a new round with the state and the weights restored."""
+    worker.open_model(ModelConfig(path=str(plan.folder / "odd_llama")), "float32", stage)
+    opened, spec = worker.opened, round_spec(Problem())
+    worker.begin_round(spec)
+    oracle = RemoteOracle(OwnWorker(worker))  # type: ignore[arg-type]
+    solver = SCureNewton(oracle, REMEMBERING)
+    records = [solver.step(index) for index in range(2)]
+    weights, driver = opened.weights.master.clone(), solver.state_dict()
+    memory = copy.deepcopy(worker.oracle_call("state_dict"))
+    records.append(solver.step(2))
+    undisturbed = opened.weights.master.clone()
+    opened.weights.set_master(weights)
+    worker.begin_round(spec)
+    worker.oracle_call("load_state_dict", memory)
+    again = SCureNewton(oracle, REMEMBERING)
+    again.load_state_dict(driver)
+    record = again.step(2)
+    return {
+        "records": records,
+        "weights": undisturbed,
+        "layout": opened.layout,
+        "resumed": torch.equal(opened.weights.master, undisturbed) and record.alpha == records[2].alpha,
+        "kept": sorted(memory["vectors"]),
+    }
+
+
+def explicit(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
+    """One step with a Hessian that is written down."""
+    worker.open_model(ModelConfig(path=str(plan.folder / "odd_llama"), trainable=NORMS), "float32", stage)
+    worker.begin_round(round_spec(Problem()))
+    before = worker.opened.weights.master.clone()
+    record = CureNewton(RemoteOracle(OwnWorker(worker)), EXPLICIT).step(0)  # type: ignore[arg-type]
+    return {"record": record, "update": worker.opened.weights.master - before, "layout": worker.opened.layout}

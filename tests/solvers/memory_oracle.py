@@ -58,8 +58,10 @@ class PlainObjective:
         self.weights, self.objective, self.curvature = weights, objective, curvature or objective
         self.has_own_curvature_minibatch = curvature is not None
         self.num_products = 0
+        self.forget: Objective | None = None
+        """The forget records' part of the objective, where a test asks for it."""
 
-    def draw(self, step_index: int) -> None:
+    def draw(self, step_index: int, by_role: bool) -> None:
         self.step_index = step_index
 
     def _value_and_gradient(self, objective: Objective) -> tuple[float, torch.Tensor]:
@@ -67,9 +69,14 @@ class PlainObjective:
         loss = objective(point, self.step_index)
         return float(loss.detach()), torch.autograd.grad(loss, point)[0]
 
-    def gradient(self, gradient: torch.Tensor, exact_loss: bool) -> LossAndTerms:
+    def gradient(
+        self, gradient: torch.Tensor, exact_loss: bool, forget_part: torch.Tensor | None = None
+    ) -> LossAndTerms:
         value, found = self._value_and_gradient(self.objective)
         gradient.add_(found)
+        if forget_part is not None:
+            assert self.forget is not None
+            forget_part.add_(self._value_and_gradient(self.forget)[1])
         return LossAndTerms(value, {"loss": value})
 
     def product(self, vector: torch.Tensor) -> torch.Tensor:

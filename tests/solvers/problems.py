@@ -44,4 +44,4 @@ def problem(
     """A step's problem in one process, already in the metric's coordinates."""
     ones = torch.ones_like(gradient)
     space = LocalSpace(gradient.numel())
-    return StepProblem(space, gradient, product, scale, ones, lambda: ones, 0, memory or Memory())
+    return StepProblem(space, gradient, (), product, scale, ones, lambda: ones, 0, memory or Memory())

@@ -66,6 +66,22 @@ def test_the_step_is_the_exact_minimiser_on_its_subspace(metric: str, num_steps:
         taken.insert(0, update)
 
 
+@pytest.mark.parametrize("metric", ["identity", "adam"])
+def test_the_two_parts_of_the_gradient_are_scaled_apart(metric: str) -> None:
+    """Two directions instead of their sum: the minimiser on the larger span, dense in float64."""
+    oracle = MemoryOracle(noisy(), START)
+    oracle.plain.forget = lambda w, step: (w[:4] ** 2).sum() - w[2]
+    record = solver_on(oracle, inner="subspace", metric=metric, subspace_gradient="by_role").step(0)
+    gradient, hessian = derivatives(oracle.plain.objective, START, 0)
+    forget, _ = derivatives(oracle.plain.forget, START, 0)
+    diagonal = metric_of([gradient]) if metric == "adam" else torch.ones_like(gradient)
+    directions = diagonal.sqrt()[:, None] * torch.stack([forget, gradient - forget], dim=1)
+    basis = diagonal.sqrt()[:, None] * torch.linalg.qr(directions)[0]
+    truth = solve_cubic_dense(basis.T @ hessian @ basis, basis.T @ gradient, 5.0)
+    assert torch.allclose(oracle.weights - START, basis @ torch.tensor(truth.coefficients, dtype=torch.float64))
+    assert record.num_products == 2 and record.predicted_reduction == pytest.approx(truth.predicted_reduction)
+
+
 @pytest.mark.parametrize("inner", ["krylov", "subspace", "gradient_descent"])
 def test_the_metric_step_is_the_plain_step_in_transformed_coordinates(inner: str) -> None:
     """With `w = S u` the objective `f(S u)` has gradient S g and Hessian S H S: the same step, identity metric."""

@@ -62,6 +62,7 @@ class ConjugateGradientsSpec:
     """Conjugate gradients from zero."""
 
     measures_trials: bool = True
+    separates_roles: bool = False
 
     def start(self, problem: StepProblem) -> ConjugateGradientsShard:
         """See `InnerSpec.start`."""

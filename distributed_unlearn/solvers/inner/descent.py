@@ -127,6 +127,7 @@ class DescentSpec:
 
     perturbation: float
     measures_trials: bool = True
+    separates_roles: bool = False
 
     def start(self, problem: StepProblem) -> DescentShard:
         """See `InnerSpec.start`."""

@@ -96,6 +96,7 @@ class ExplicitSpec:
 
     max_parameters: int
     measures_trials: bool = True
+    separates_roles: bool = False
 
     def start(self, problem: StepProblem) -> ExplicitShard:
         """See `InnerSpec.start`.

@@ -58,6 +58,7 @@ class AdamWSpec:
     second_decay: float = 0.999
     epsilon: float = 1e-8
     measures_trials: bool = False
+    separates_roles: bool = False
 
     def start(self, problem: StepProblem) -> AdamWShard:
         """See `InnerSpec.start`."""
@@ -96,6 +97,7 @@ class SgdSpec:
     weight_decay: float
     momentum: float = 0.0
     measures_trials: bool = False
+    separates_roles: bool = False
 
     def start(self, problem: StepProblem) -> SgdShard:
         """See `InnerSpec.start`."""

@@ -151,6 +151,7 @@ class KrylovSpec:
     """A Krylov space that starts at the gradient."""
 
     measures_trials: bool = True
+    separates_roles: bool = False
 
     def start(self, problem: StepProblem) -> KrylovShard:
         """See `InnerSpec.start`."""

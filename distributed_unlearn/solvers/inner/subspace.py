@@ -1,4 +1,4 @@
-"""The cubic model on the span of the preconditioned gradient and the last accepted steps.
+"""The cubic model on the span of the preconditioned gradient, or its two parts, and the last accepted steps.
 
 The last steps are what the minibatches before this one had to say, as in momentum methods and in conjugate gradients;
 the small cubic model decides how much of them to take, so there is no momentum coefficient. (Subspaces of this kind:
@@ -33,9 +33,10 @@ def _remembered(memory: Memory, count: int) -> list[torch.Tensor]:
 class SubspaceShard:
     """Orthonormal `q_1 .. q_m` of `y = S^-1 Delta` coordinates; `advance()` is one product, `candidate(*y)` a sum.
 
-    The first direction is `S g`, which is `P g` for the weights; then the remembered steps, newest first. A direction
-    that the others contain is left out. Vectors kept: m directions, and `num_steps` remembered updates in the round's
-    memory.
+    The first direction is `S g`, which is `P g` for the weights, or with `separates_roles` the forget records' part of
+    it and the retain records' part, so that the model scales the two apart; then the remembered steps, newest first. A
+    direction that the others contain is left out, or one that is zero: the retain part where the retain records' loss
+    is stationary. Vectors kept: m directions, and `num_steps` remembered updates in the round's memory.
     """
 
     def __init__(self, problem: StepProblem, num_steps: int) -> None:
@@ -47,7 +48,7 @@ class SubspaceShard:
     def _build(self) -> None:
         problem = self._problem
         steps = _remembered(problem.memory, self._num_steps)
-        for direction in [problem.gradient, *(problem.from_weights(step) for step in steps)]:
+        for direction in [*(problem.parts or (problem.gradient,)), *(problem.from_weights(step) for step in steps)]:
             self._add(direction)
 
     def _add(self, direction: torch.Tensor) -> None:
@@ -93,9 +94,10 @@ class SubspaceShard:
 
 @dataclass(frozen=True)
 class SubspaceSpec:
-    """The gradient and the last `num_steps` accepted steps."""
+    """The gradient, whole or by role, and the last `num_steps` accepted steps."""
 
     num_steps: int = 1
+    separates_roles: bool = False
     measures_trials: bool = True
 
     def start(self, problem: StepProblem) -> SubspaceShard:
@@ -111,9 +113,9 @@ class SubspaceInner:
 
     num_krylov_steps = 0
 
-    def __init__(self, oracle: StepOracle, num_steps: int) -> None:
+    def __init__(self, oracle: StepOracle, num_steps: int, separates_roles: bool) -> None:
         self._oracle = oracle
-        self.spec = SubspaceSpec(num_steps)
+        self.spec = SubspaceSpec(num_steps, separates_roles)
         self.num_products = 0
 
     def begin(self, start: StepStart) -> None:

@@ -27,6 +27,8 @@ class SCureNewtonSettings(CubicSettings):
     """Largest model residual over `||g||` that counts as solved; also judges gradient_descent's last iterate."""
     subspace_steps: int = 1
     """subspace: how many of the last accepted steps span it, beside the gradient."""
+    subspace_gradient: Literal["whole", "by_role"] = "whole"
+    """subspace: one direction, or one for the forget records and one for the retain records."""
     inner_steps: int = 10
     inner_learning_rate: float = 0.01
     perturbation: float = 1e-3
@@ -58,7 +60,7 @@ def _inner(oracle: StepOracle, settings: SCureNewtonSettings) -> InnerSolver:
     if settings.inner == "krylov":
         return KrylovInner(oracle, settings.max_krylov_steps, settings.krylov_tolerance)
     if settings.inner == "subspace":
-        return SubspaceInner(oracle, settings.subspace_steps)
+        return SubspaceInner(oracle, settings.subspace_steps, settings.subspace_gradient == "by_role")
     return DescentInner(
         oracle,
         settings.inner_steps,
