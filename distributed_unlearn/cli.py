@@ -1,4 +1,4 @@
-"""The command line: `distributed-unlearn run | demo | plan | check curvature | request | verify | key`.
+"""The command line: `distributed-unlearn run | demo | plan | check | request | rounds | status | verify | key`.
 
 Exit codes: 0 done; 1 a bug of ours (with traceback); 2 wrong usage; 3 configuration; 4 data; 5 model;
 6 resources; 7 numerics; 8 a worker failed; 9 a check failed; 10 done and written, but what was measured is not that

@@ -1,4 +1,4 @@
-"""`rounds run-once | schedule`: one pass of the service on the workers of its job, or passes at their time."""
+"""`rounds run-once | schedule | manifest`: one pass on the workers of the job, passes at their time, or their unit."""
 
 import argparse
 import json
@@ -9,14 +9,15 @@ from rich.console import Console
 
 from distributed_unlearn.commands.console_events import ConsoleEvents, print_line
 from distributed_unlearn.commands.run import run_job
-from distributed_unlearn.config.service import load_service
-from distributed_unlearn.errors import GateError
+from distributed_unlearn.config.service import ServiceConfig, load_service
+from distributed_unlearn.errors import ConfigError, GateError
 from distributed_unlearn.records import StepRecord
 from distributed_unlearn.rounds.events import OnStep
-from distributed_unlearn.service.driver import Pass, run_pass
+from distributed_unlearn.service.driver import Pass, run_pass, service_job
 from distributed_unlearn.service.lease import HeldLease
+from distributed_unlearn.service.manifest import Images, kubernetes_manifest, systemd_unit
 from distributed_unlearn.service.opening import opened
-from distributed_unlearn.service.schedule import take_tick
+from distributed_unlearn.service.schedule import cron_trigger, take_tick
 
 
 def run_rounds(arguments: argparse.Namespace, console: Console) -> None:
@@ -27,6 +28,9 @@ def run_rounds(arguments: argparse.Namespace, console: Console) -> None:
         UserError: whatever is refused or ends a round.
     """
     config = load_service(arguments.service, arguments.overrides)
+    if arguments.action == "manifest":
+        _print_manifest(config, arguments, console)
+        return
     if arguments.action == "schedule":
         from distributed_unlearn.commands.schedule import run_schedule
 
@@ -39,6 +43,22 @@ def run_rounds(arguments: argparse.Namespace, console: Console) -> None:
         events = LeasedEvents(console, service.held)
         found = run_pass(service, lambda job: run_job(job, events).record)
     tell(found, console)
+
+
+def _print_manifest(config: ServiceConfig, arguments: argparse.Namespace, console: Console) -> None:
+    cron_trigger(config.schedule)  # refused here rather than by whoever reads the manifest
+    if arguments.kind == "systemd":
+        text = systemd_unit(config, arguments.service)
+    elif None in (arguments.image, arguments.kubectl_image, arguments.claim):
+        raise ConfigError(
+            "a manifest for kubernetes without --image, --kubectl-image or --claim",
+            "all three",
+            "say what the pods run and where they write",
+        )
+    else:
+        images = Images(arguments.image, arguments.kubectl_image, arguments.claim)
+        text = kubernetes_manifest(config, arguments.service, service_job(config).cluster, images)
+    console.out(text, end="", highlight=False)
 
 
 class LeasedEvents(ConsoleEvents):

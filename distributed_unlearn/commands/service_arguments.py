@@ -9,7 +9,7 @@ from rich.console import Console
 from distributed_unlearn.errors import ConfigError
 
 Commands = argparse._SubParsersAction
-SERVICE_COMMANDS = ("request", "verify", "key", "rounds")
+SERVICE_COMMANDS = ("request", "verify", "key", "rounds", "status")
 _NEEDED = ("alembic", "apscheduler", "cryptography", "fastapi", "securesystemslib", "sqlalchemy", "uvicorn")
 
 
@@ -21,6 +21,9 @@ def add_service_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
     generate = key.add_parser("generate", help="a new Ed25519 key: PATH (mode 0600) and PATH with suffix .pub")
     generate.add_argument("path", type=Path)
     _add_rounds(commands)
+    status = commands.add_parser("status", help="one screen about a service")
+    status.add_argument("service", type=Path, help="service file (YAML)")
+    status.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_rounds(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -28,7 +31,12 @@ def _add_rounds(commands: "Commands[argparse.ArgumentParser]") -> None:
     once = actions.add_parser("run-once", help="run one round over the pending requests; commit it or roll it back")
     once.add_argument("--tick", help="run only if this tick (YYYYMMDDTHHMMSSZ) and no later one was taken before")
     schedule = actions.add_parser("schedule", help="run rounds at their time, until a signal ends it")
-    for parser in (once, schedule):
+    manifest = actions.add_parser("manifest", help="print a systemd unit, or a Kubernetes CronJob for KubeRay")
+    manifest.add_argument("--kind", choices=("systemd", "kubernetes"), required=True)
+    manifest.add_argument("--image", help="kubernetes: with this package, Ray and DeepSpeed")
+    manifest.add_argument("--kubectl-image", help="kubernetes: with kubectl, sh, sed and date")
+    manifest.add_argument("--claim", help="kubernetes: persistent volume claim with the service's folder and files")
+    for parser in (once, schedule, manifest):
         parser.add_argument("service", type=Path, help="service file (YAML)")
         parser.add_argument("overrides", nargs="*", help="section.key=value")
 
@@ -90,6 +98,10 @@ def run_service_command(arguments: argparse.Namespace, console: Console) -> None
         from distributed_unlearn.commands.rounds import run_rounds
 
         run_rounds(arguments, console)
+    elif arguments.command == "status":
+        from distributed_unlearn.commands.status import run_status
+
+        run_status(arguments, console)
     elif arguments.command == "key":
         from distributed_unlearn.service.keys import generate_key
 

@@ -23,6 +23,7 @@ from distributed_unlearn.service.rounds_book import RoundState, erased_in_rounds
 from distributed_unlearn.service.states import Reason, RequestState
 from distributed_unlearn.service.tables import AUDIT, ERASED
 from distributed_unlearn.service.verification import verify_ledger
+from tests.cli.command_line import assert_refused, call, succeed
 from tests.service.fake_round import FakeRounds, make_record, make_service, not_forgotten, one_pass, rising
 
 
@@ -308,3 +309,20 @@ def test_a_reader_never_sees_a_mixture(path, tmp_path):
         number = int(name.removeprefix("round-"))
         assert content.endswith(f"without r{number - 1}")
     assert len({name for name, _ in states}) == len(states)
+
+
+def test_status_is_one_screen_about_everything(path, capsys):
+    _ask(path, record_ids=("r0",))
+    _ask(path, subjects=("nobody",))
+    one_pass(path, FakeRounds(not_forgotten()))
+    _ask(path, record_ids=("r1",))
+    shown = succeed(capsys, ["status", str(path)]).out
+    for text in ("1 denied, 1 received, 1 scheduled", "rolled back", "are not forgotten", "not_found", "03:00 UTC"):
+        assert text in shown
+    found = json.loads(succeed(capsys, ["status", str(path), "--json"]).out)
+    assert found["num_by_state"] == {"denied": 1, "received": 1, "scheduled": 1}
+    assert found["oldest_open_seconds"] > 0 and found["current"] is None and found["holder"] is None
+    one_pass(path, FakeRounds())
+    assert "round 2" in succeed(capsys, ["status", str(path)]).out
+    path.write_text(path.read_text() + "schedule: {cron: never}\n")
+    assert_refused(call(capsys, ["status", str(path)]), 3, "configuration", "schedule.cron")
