@@ -38,7 +38,9 @@ from distributed_unlearn.engine.estimate import (
     measure_model,
 )
 from distributed_unlearn.engine.training import plan_training
+from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.checkpoint import load_model_config
+from distributed_unlearn.models.stored import float_dtype, stored_tensors
 from distributed_unlearn.report.tables import facts_table
 from distributed_unlearn.rounds.preparation import prepare, training_records
 from distributed_unlearn.solvers.inner.explicit import refuse_if_too_large
@@ -74,8 +76,8 @@ def make_plan(job: JobConfig) -> Plan:
     """
     prepared = prepare(job)
     hf_config = load_model_config(job.model)
-    num_workers, stage, task = job.cluster.num_workers, job.cluster.zero_stage, job.model.task
-    size = measure_model(hf_config, job.model.trainable, num_workers, stage, task)
+    stored = float_dtype(stored_tensors(opened_as(job.model))) or torch.float32
+    size = measure_model(job.model, hf_config, job.cluster.num_workers, job.cluster.zero_stage, stored)
     if job.train is None and isinstance(job.solver, CureNewtonConfig | PinvNewtonConfig):
         refuse_if_too_large(size.num_trainable, job.solver.max_parameters)
     rows = (_unlearning_rows if job.train is None else _training_rows)(size, hf_config, job, prepared)
@@ -145,7 +147,7 @@ def _num_products(solver: SolverConfig, num_trainable: int) -> int:
 
 
 def _model_rows(size: ModelSize, job: JobConfig) -> list[Row]:
-    segments = f"root {size.root_parameters:,}, block {size.largest_block_parameters:,}"
+    segments = f"root {size.root.total:,}, block {size.largest_block.total:,}"
     return [
         ("parameters", f"{size.num_parameters:,}", f"{size.num_trainable:,} trainable"),
         ("segments", f"{size.num_blocks + 1}", segments),

@@ -19,11 +19,14 @@ from distributed_unlearn.config.methods import (
 )
 from distributed_unlearn.config.objective import ObjectiveConfig
 from distributed_unlearn.config.sections import (
+    AdapterConfig,
+    AdapterFolder,
     ClusterConfig,
     CurvatureConfig,
     DataConfig,
     ErasedConfig,
     EvaluationConfig,
+    LoraAdapter,
     ModelConfig,
     ModelTask,
     SaveConfig,
@@ -33,6 +36,8 @@ from distributed_unlearn.config.sections import (
 
 __all__ = [
     "AdamWConfig",
+    "AdapterConfig",
+    "AdapterFolder",
     "BaseSolverConfig",
     "ClusterConfig",
     "CubicConfig",
@@ -44,6 +49,7 @@ __all__ = [
     "EvaluationConfig",
     "FirstOrderConfig",
     "JobConfig",
+    "LoraAdapter",
     "ModelConfig",
     "ModelTask",
     "ObjectiveConfig",

@@ -1,12 +1,42 @@
 """The sections of a job file that say what is opened, read, trained, scored and written, and where it runs."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from distributed_unlearn.config.base import StrictModel
 
 ModelTask = Literal["causal_lm", "sequence_classification", "image_classification"]
+
+
+class LoraAdapter(StrictModel):
+    """A new LoRA adapter on linear layers: `W x + (alpha / rank) B A x` with W frozen (Hu et al. 2022)."""
+
+    name: Literal["lora"]
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0.0)
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(default="all-linear", min_length=1)
+    """Last parts of the names of linear layers, e.g. `[q_proj, v_proj]`; all-linear: every one but the head."""
+    seed: int = Field(default=0, ge=0)
+    """Of A, which starts uniform; B starts at zero, so that the model starts as its base."""
+
+
+class AdapterFolder(StrictModel):
+    """A LoRA adapter to go on from."""
+
+    path: str
+    """Folder with adapter_config.json and adapter_model.safetensors, as peft writes it."""
+
+
+def _adapter_kind(value: Any) -> str:
+    if isinstance(value, AdapterFolder) or (isinstance(value, dict) and "path" in value):
+        return "folder"
+    return "lora"
+
+
+AdapterConfig = Annotated[
+    Annotated[LoraAdapter, Tag("lora")] | Annotated[AdapterFolder, Tag("folder")], Discriminator(_adapter_kind)
+]
 
 
 class ModelConfig(StrictModel):
@@ -20,7 +50,11 @@ class ModelConfig(StrictModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Trainable weights always keep an fp32 master shard beside it."""
     trainable: Literal["all"] | tuple[str, ...] = "all"
-    """`all`, or shell patterns matched against parameter names, e.g. `["*.mlp.*", "*.norm.weight"]`."""
+    """`all`, or shell patterns matched against parameter names, e.g. `["*.mlp.*", "*.norm.weight"]`; with an adapter
+    all of the adapter's weights, or those of them that match."""
+    adapter: AdapterConfig | None = None
+    """LoRA: train and unlearn an adapter on a frozen base. A new one, `{name: lora, rank: 8, alpha: 16,
+    target_modules: [q_proj, v_proj]}`, or one to go on from, `{path: FOLDER}`."""
 
 
 class ErasedConfig(StrictModel):
@@ -161,6 +195,9 @@ class SaveConfig(StrictModel):
     """Save the state of a round after the first step that ends this long after the last save; null: never."""
     state_every_steps: int | None = Field(default=None, ge=1)
     """Save it after every so many steps, too. It holds the fp32 weights (at most twice) and the method's vectors."""
+    adapter: Literal["adapter", "merged"] = "adapter"
+    """With model.adapter. adapter: the adapter alone, which peft opens on its base, in float32 unless `dtype` says
+    otherwise. merged: a plain checkpoint with the base's names, in which the adapter is added to the base's weights."""
 
 
 class TrainConfig(StrictModel):

@@ -140,13 +140,17 @@ def _make_segment(
     )
 
 
-def trainable_names(model: nn.Module, patterns: str | tuple[str, ...]) -> frozenset[str]:
+def trainable_names(
+    model: nn.Module, patterns: str | tuple[str, ...], among: frozenset[str] | None = None
+) -> frozenset[str]:
     """Qualified names of the parameters that an update may touch: all, or those matching a shell pattern.
+
+    `among` are the only ones to choose from (an adapter's); None: all of the model.
 
     Raises:
         ModelError: a pattern that matches no parameter.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters() if among is None or name in among]
     if isinstance(patterns, str):
         return frozenset(names)
     chosen: set[str] = set()

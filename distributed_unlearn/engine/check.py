@@ -28,6 +28,7 @@ from distributed_unlearn.curvature.reference import (
 from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.sampling import cut
 from distributed_unlearn.engine.model import OpenedModel
+from distributed_unlearn.models.adapters import insert_layers
 from distributed_unlearn.models.family import CheckBatch, build
 from distributed_unlearn.workers.messages import CurvatureCheck, CurvatureReport
 
@@ -67,7 +68,10 @@ def _reference_model(opened: OpenedModel) -> nn.Module | None:
     on_zero = opened.communicator.rank == 0
     model = None
     if on_zero:
-        model = build(opened.family, copy.deepcopy(opened.config)).double().eval()
+        model = build(opened.family, copy.deepcopy(opened.config))
+        if opened.adapter is not None:
+            insert_layers(model, copy.deepcopy(opened.adapter.settings))
+        model = model.double().eval()
     targets = {} if model is None else dict(model.named_parameters())
     for segment in opened.layout.segments:
         for slot in (*segment.trainable, *segment.frozen):

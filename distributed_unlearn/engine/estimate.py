@@ -4,18 +4,33 @@ The model is built on the meta device with accelerate, so no weight is read or a
 exact (a test compares it with what a run moves); memory is an estimate of the largest terms.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 
-from distributed_unlearn.config import ModelTask
-from distributed_unlearn.curvature.layout import FlatLayout, build_layout
+from distributed_unlearn.config import ModelConfig
+from distributed_unlearn.curvature.layout import FlatLayout, Slot, build_layout
 from distributed_unlearn.curvature.segments import find_segments, frozen_rows, trainable_names
-from distributed_unlearn.errors import ModelError
+from distributed_unlearn.models.adapters import insert_adapter
+from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.families import family_of
-from distributed_unlearn.models.family import ModelFamily, batch_norms, build
+from distributed_unlearn.models.family import ModelFamily, batch_norms
+from distributed_unlearn.models.fit import empty_model, refuse_one_segment
+
+
+@dataclass(frozen=True)
+class SegmentSize:
+    """Parameters of one segment."""
+
+    trainable: int
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.trainable + self.frozen
 
 
 @dataclass(frozen=True)
@@ -24,13 +39,15 @@ class ModelSize:
 
     num_parameters: int
     num_trainable: int
-    root_parameters: int
-    largest_block_parameters: int
+    root: SegmentSize
+    largest_block: SegmentSize
     num_blocks: int
     fallback_reason: str | None
     layout: FlatLayout
     family: ModelFamily
     num_batch_norms: int
+    frozen_dtype: torch.dtype
+    """Of the weights that no update touches: as in the checkpoint's files."""
 
 
 @dataclass(frozen=True)
@@ -72,42 +89,45 @@ class TrainingMemoryEstimate:
 
 
 def measure_model(
-    hf_config: Any,
-    trainable: str | tuple[str, ...],
-    world_size: int,
-    zero_stage: int,
-    task: ModelTask = "causal_lm",
+    config: ModelConfig, hf_config: Any, world_size: int, zero_stage: int, frozen_dtype: torch.dtype = torch.float32
 ) -> ModelSize:
-    """Build the architecture without weights and lay it out.
+    """Build the architecture without weights, with its adapter, and lay it out.
+
+    Args:
+        config: what is trainable, and the adapter.
+        hf_config: its Hugging Face configuration.
+        world_size: number of ranks.
+        zero_stage: 0 to 3.
+        frozen_dtype: dtype of the checkpoint's files, which frozen weights keep.
 
     Raises:
-        ModelError: no blocks at stage 3, or a trainable pattern that matches nothing.
+        ModelError: no blocks at stage 3, or a trainable pattern or target module that matches nothing.
     """
-    family = family_of(task)
-    with init_empty_weights():
-        model = build(family, hf_config)
-    model.tie_weights()  # type: ignore[operator]
+    family = family_of(config.task)
+    model = empty_model(family, hf_config)
+    inserted = insert_adapter(model, opened_as(config))
     segmented = find_segments(model, family.blocks(model), family.constants)
-    if segmented.fallback_reason is not None and zero_stage == 3:
-        raise ModelError(
-            f"a model that cannot be cut into segments ({segmented.fallback_reason}) at ZeRO stage 3",
-            "blocks that can be gathered one at a time",
-            "set cluster.zero_stage to 0, 1 or 2, where the whole model is one segment",
-        )
+    refuse_one_segment(segmented.fallback_reason, zero_stage)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    layout = build_layout(segmented, shapes, trainable_names(model, trainable), frozen_rows(model), world_size)
-    sizes = [sum(slot.numel for slot in (*part.trainable, *part.frozen)) for part in layout.segments]
+    trainable = trainable_names(model, config.trainable, None if inserted is None else inserted.names)
+    layout = build_layout(segmented, shapes, trainable, frozen_rows(model), world_size)
+    sizes = [SegmentSize(_numel(part.trainable), _numel(part.frozen)) for part in layout.segments]
     return ModelSize(
-        num_parameters=sum(sizes),
+        num_parameters=sum(size.total for size in sizes),
         num_trainable=layout.num_trainable,
-        root_parameters=sizes[0],
-        largest_block_parameters=max(sizes[1:], default=0),
+        root=sizes[0],
+        largest_block=max(sizes[1:], key=lambda size: size.total, default=SegmentSize(0, 0)),
         num_blocks=len(sizes) - 1,
         fallback_reason=segmented.fallback_reason,
         layout=layout,
         family=family,
         num_batch_norms=len(batch_norms(model)),
+        frozen_dtype=frozen_dtype,
     )
+
+
+def _numel(slots: Sequence[Slot]) -> int:
+    return sum(slot.numel for slot in slots)
 
 
 def estimate_memory(
@@ -125,20 +145,23 @@ def estimate_memory(
     `record_size`: of the largest record: tokens, or pixels a side.
     `held_inputs`: of how many micro-batches a pass holds the block inputs at once, tangents counted as inputs.
     """
-    world, item = size.layout.world_size, dtype.itemsize
-    shard = size.layout.vector_numel * 4
-    weights = (size.num_parameters // world if zero_stage == 3 else size.num_parameters) * item
+    item, shard = dtype.itemsize, size.layout.vector_numel * 4
+    shares = size.layout.world_size if zero_stage == 3 else 1
+    num_frozen = size.num_parameters - size.num_trainable
+    weights = size.num_trainable // shares * item + num_frozen // shares * size.frozen_dtype.itemsize
     if not (zero_stage == 3 and dtype == torch.float32):
         weights += shard
     sizes = size.family.activation_sizes(hf_config, micro_batch_size, record_size)
     layers = max(size.num_blocks, 1)
     # A product holds a block's gradient graph and its tangents beside its graph, about three times that.
     blocks = held_inputs * layers * sizes.block_input + 3 * sizes.block_graph
+    # Of what is frozen there is a weight, of what is trainable a tangent, a gradient and a product too.
+    gathered = [4 * segment.trainable + segment.frozen for segment in (size.root, size.largest_block)]
     return MemoryEstimate(
         weights=weights,
         vectors=num_vectors * shard,
         host_copies=2 * shard,
-        gathered=4 * item * (size.root_parameters + size.largest_block_parameters),
+        gathered=item * sum(gathered),
         activations=item * blocks + 4 * 4 * sizes.logits,
     )
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from distributed_unlearn.config import ModelConfig, SaveConfig
 from distributed_unlearn.curvature.layout import SegmentLayout, Slot
 from distributed_unlearn.engine.model import OpenedModel
+from distributed_unlearn.models.adapters import AdapterFiles, MergedCheckpoint
+from distributed_unlearn.models.processor import tokenizer_source
 from distributed_unlearn.models.saved_names import SavedForm, SavedGroup, WholeCheckpoint
 from distributed_unlearn.records import SurvivingUpdate
 
@@ -145,31 +147,43 @@ def export_model(
         save: dtype and size of the files.
         initial: this rank's master shard at the start [vector_numel].
     """
-    dtype = opened.checkpoint_dtype if save.dtype is None else getattr(torch, save.dtype)
+    form, own_dtype = _form(opened, save)
+    dtype = own_dtype if save.dtype is None else getattr(torch, save.dtype)
     max_bytes = int(save.max_shard_gib * 2**30)
-    shapes = {name: slot.shape for name, (_, slot) in _places(opened).items()}
-    form = WholeCheckpoint(opened.model, shapes)
     folders = {folder: dtype}
     if save.fp32_master and dtype != torch.float32:
         folders[folder / "fp32_master"] = torch.float32
     for target, precision in folders.items():
         target.mkdir(exist_ok=True)
         write_weights(opened, form, target, precision, max_bytes)
-        write_configuration(opened, target, precision)
-        write_tokenizer(opened, base.path, base.revision, target)
+        write_configuration(opened, form, target, precision)
+        write_tokenizer(opened, base, target)
     return measure_surviving_update(opened, form, folder, dtype, max_bytes, initial)
 
 
-def write_tokenizer(opened: OpenedModel, base: str, revision: str | None, folder: Path) -> None:
+def _form(opened: OpenedModel, save: SaveConfig) -> tuple[SavedForm, torch.dtype]:
+    """What is written, and the dtype that it has by itself."""
+    shapes = {name: slot.shape for name, (_, slot) in _places(opened).items()}
+    if opened.adapter is None:
+        return WholeCheckpoint(opened.model, shapes), opened.checkpoint_dtype
+    if save.adapter == "merged":
+        return MergedCheckpoint(opened.model, opened.adapter, shapes), opened.checkpoint_dtype
+    return AdapterFiles(opened.adapter, shapes), torch.float32
+
+
+def write_tokenizer(opened: OpenedModel, base: ModelConfig, folder: Path) -> None:
     """Rank 0 copies the base checkpoint's tokenizer or image processor. All ranks must call this."""
     if opened.communicator.rank == 0:
-        opened.family.save_processor(base, revision, folder)
+        source = tokenizer_source(base)
+        opened.family.save_processor(source.path, source.revision, folder)
     opened.communicator.barrier()
 
 
-def write_configuration(opened: OpenedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Rank 0 writes config.json and generation_config.json."""
-    if opened.communicator.rank == 0:
+def write_configuration(opened: OpenedModel, form: SavedForm, folder: Path, dtype: torch.dtype) -> None:
+    """Rank 0 writes config.json and generation_config.json, or adapter_config.json. All ranks must call this."""
+    if opened.communicator.rank == 0 and isinstance(form, AdapterFiles):
+        form.write_settings(folder)
+    elif opened.communicator.rank == 0:
         config = opened.config
         previous, config.dtype = getattr(config, "dtype", None), dtype
         config.save_pretrained(folder)

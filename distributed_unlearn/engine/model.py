@@ -14,9 +14,12 @@ from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.engine.partitions import build_buffers_exactly, checkpoint_dtype, full_shapes, load_model
 from distributed_unlearn.engine.vectors import ShardedSpace
 from distributed_unlearn.engine.weights import ExactWeights, ShardedWeights
-from distributed_unlearn.errors import ModelError, NumericalError
+from distributed_unlearn.errors import NumericalError
+from distributed_unlearn.models.adapters import InsertedAdapter
+from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.models.family import ModelFamily, batch_norms
+from distributed_unlearn.models.fit import refuse_one_segment
 from distributed_unlearn.models.stored import float_dtype, stored_tensors
 from distributed_unlearn.workers.messages import ModelFacts
 
@@ -36,6 +39,7 @@ class OpenedModel:
     communicator: Communicator
     checkpoint_dtype: torch.dtype
     family: ModelFamily
+    adapter: InsertedAdapter | None
 
     @property
     def config(self) -> Any:
@@ -65,17 +69,20 @@ def open_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, communi
         NumericalError: weights that are not finite.
     """
     # In the dtype of the files: the fp32 master must start from their values, and what is frozen keeps them.
+    config = opened_as(config)
     stored = torch.bfloat16 if float_dtype(stored_tensors(config)) == torch.bfloat16 else torch.float32
-    model = load_model(config, stored, zero_stage, communicator.device)
+    model, adapter = load_model(config, stored, zero_stage, communicator.device)
     if stored != torch.float32:
         build_buffers_exactly(model, config)
-    own_dtype = checkpoint_dtype(config.path, config.revision)
-    return adopt_model(model, family_of(config.task), config.trainable, dtype, own_dtype, zero_stage, communicator)
+    own_dtype = checkpoint_dtype(config)
+    family = family_of(config.task)
+    return adopt_model(model, family, adapter, config.trainable, dtype, own_dtype, zero_stage, communicator)
 
 
 def adopt_model(
     model: nn.Module,
     family: ModelFamily,
+    adapter: InsertedAdapter | None,
     trainable: str | tuple[str, ...],
     dtype: torch.dtype,
     own_dtype: torch.dtype,
@@ -89,16 +96,11 @@ def adopt_model(
         NumericalError: weights that are not finite.
     """
     segmented = find_segments(model, family.blocks(model), family.constants)
-    if segmented.fallback_reason is not None and zero_stage == 3:
-        raise ModelError(
-            f"a model that cannot be cut into segments ({segmented.fallback_reason}) at ZeRO stage 3",
-            "blocks that can be gathered one at a time",
-            "set cluster.zero_stage to 0, 1 or 2, where the whole model is one segment",
-        )
+    refuse_one_segment(segmented.fallback_reason, zero_stage)
     layout = build_layout(
         segmented,
         full_shapes(model),
-        trainable_names(model, trainable),
+        trainable_names(model, trainable, None if adapter is None else adapter.names),
         frozen_rows(model),
         communicator.world_size,
     )
@@ -119,6 +121,7 @@ def adopt_model(
         communicator=communicator,
         checkpoint_dtype=own_dtype,
         family=family,
+        adapter=adapter,
     )
 
 

@@ -17,14 +17,16 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.errors import ModelError
+from distributed_unlearn.models.adapters import InsertedAdapter, initial_weights, insert_adapter
+from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.checkpoint import load_model_config
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.models.family import build
+from distributed_unlearn.models.fit import check_tensors
 from distributed_unlearn.models.saved_names import forget_unused_conversions
 
 
@@ -77,8 +79,16 @@ def _refuse_missing(path: str, found: dict[str, Any]) -> None:
         )
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, device: torch.device) -> nn.Module:
-    """The checkpoint as its family opens it, in `eval()` mode; partitioned at stage 3. All ranks must call this.
+def load_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    zero_stage: int,
+    device: torch.device,
+    adapter_dtype: torch.dtype = torch.float32,
+) -> tuple[nn.Module, InsertedAdapter | None]:
+    """The checkpoint as its family opens it, in `eval()` mode, and its adapter. All ranks must call this.
+
+    Partitioned at stage 3; the base's weights are in `dtype`, an adapter's in `adapter_dtype`.
 
     Safetensors only; remote code is never run.
 
@@ -86,6 +96,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, device:
         ModelError: no such checkpoint, not safetensors, files that are damaged or lack weights, or an architecture
             that transformers cannot load.
     """
+    config = opened_as(config)
     family, path = family_of(config.task), config.path
     arguments: dict[str, Any] = {
         **family.arguments,
@@ -96,6 +107,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, device:
         "dtype": dtype,
         "output_loading_info": True,
     }
+    checked = check_tensors(config)
     try:
         if zero_stage == 3:
             with _partitioned_loading(_deepspeed_config(dtype)):
@@ -113,9 +125,30 @@ def load_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, device:
     _refuse_missing(path, found)
     forget_unused_conversions(model)
     model.gradient_checkpointing_disable()
+    if not checked:  # a hub model, whose files were not here before
+        check_tensors(config)
+    inserted = insert_adapter(model, config)
+    if inserted is not None:
+        _set_adapter(model, inserted, initial_weights(model, inserted, config), adapter_dtype, zero_stage, device)
     assert torch.nn.functional.linear.__module__ == "torch._C._nn", "DeepSpeed replaced torch's linear function"
     gc.collect()
-    return cast(nn.Module, model.eval())
+    return cast(nn.Module, model.eval()), inserted
+
+
+def _set_adapter(
+    model: nn.Module,
+    inserted: InsertedAdapter,
+    values: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    zero_stage: int,
+    device: torch.device,
+) -> None:
+    """Give the adapter its weights and partition it like the rest. All ranks must call this."""
+    for name, parameter in model.named_parameters():
+        if name in inserted.names:
+            parameter.data = values[name].to(device, dtype)
+    if zero_stage == 3:
+        deepspeed.zero.Init(module=model, config_dict_or_path=_deepspeed_config(dtype), dtype=dtype)
 
 
 def build_buffers_exactly(model: nn.Module, config: ModelConfig) -> None:
@@ -130,6 +163,7 @@ def build_buffers_exactly(model: nn.Module, config: ModelConfig) -> None:
         exact = build(family, hf_config)
     for name, module in exact.named_modules():
         own = model.get_submodule(name)
+        own = getattr(own, "base_layer", own)
         for key in module._non_persistent_buffers_set:
             buffer, held = module._buffers[key], own._buffers[key]
             if buffer is not None and held is not None:
@@ -141,8 +175,7 @@ def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
-def checkpoint_dtype(path: str, revision: str | None) -> torch.dtype:
+def checkpoint_dtype(config: ModelConfig) -> torch.dtype:
     """The dtype that the checkpoint's own config names; float32 where it names none."""
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    named = getattr(config, "dtype", None)
+    named = getattr(load_model_config(config), "dtype", None)
     return named if isinstance(named, torch.dtype) else torch.float32

@@ -27,6 +27,7 @@ from distributed_unlearn.engine.oracle import ShardedOracle
 from distributed_unlearn.engine.partitions import load_model, prepare_deepspeed
 from distributed_unlearn.engine.round_state import load_round, restore_start, save_round
 from distributed_unlearn.engine.training import Trainer
+from distributed_unlearn.models.adapters import InsertedAdapter
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.records import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.workers.evidence import PredictionEvidence
@@ -65,7 +66,7 @@ class Worker:
         self._initial: torch.Tensor | None = None
         self._round_start: torch.Tensor | None = None
         self._trainer: Trainer | None = None
-        self._trained: tuple[ModelConfig, int] | None = None
+        self._trained: tuple[TrainingSpec, InsertedAdapter | None] | None = None
 
     # -- group --------------------------------------------------------------------------------------------
 
@@ -196,9 +197,10 @@ class Worker:
         """
         assert self._corpus is not None
         self.close_model()
-        self._trained = config, zero_stage = spec.model, spec.zero_stage
-        model = load_model(config, getattr(torch, config.dtype), zero_stage, self.communicator.device)
-        names = trainable_names(model, config.trainable)
+        config, dtype = spec.model, getattr(torch, spec.model.dtype)
+        model, adapter = load_model(config, dtype, spec.zero_stage, self.communicator.device, dtype)
+        self._trained = spec, adapter
+        names = trainable_names(model, config.trainable, None if adapter is None else adapter.names)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
         self._trainer = Trainer(model, self._corpus, spec, self.communicator)
@@ -213,8 +215,9 @@ class Worker:
         """End the training and open the trained model for scoring and export."""
         assert self._trainer is not None and self._trained is not None
         model, self._trainer = self._trainer.finish(), None
-        (config, stage), dtype = self._trained, next(model.parameters()).dtype
-        self._opened = adopt_model(model, family_of(config.task), "all", dtype, dtype, stage, self.communicator)
+        (spec, adapter), dtype = self._trained, next(model.parameters()).dtype
+        family = family_of(spec.model.task)
+        self._opened = adopt_model(model, family, adapter, "all", dtype, dtype, spec.zero_stage, self.communicator)
         self._initial = self._opened.weights.master.detach().cpu().clone()
         return self._opened.facts()
 

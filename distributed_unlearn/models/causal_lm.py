@@ -64,8 +64,8 @@ class CausalLM:
 
     def activation_sizes(self, hf_config: Any, micro_batch_size: int, record_size: int) -> ActivationSizes:
         """Of a transformer; logits at every position."""
-        num_logits = micro_batch_size * record_size * int(hf_config.vocab_size)
-        return transformer_activations(hf_config, micro_batch_size, record_size, num_logits)
+        num_logits = micro_batch_size * record_size * (self.vocab_size(hf_config) or 0)
+        return transformer_activations(hf_config.get_text_config(), micro_batch_size, record_size, num_logits)
 
     def save_processor(self, path: str, revision: str | None, folder: Path) -> None:
         """The tokenizer."""

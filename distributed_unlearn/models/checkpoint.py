@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.files import expand_home
+from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.cnn import register_own_models
 from distributed_unlearn.models.hub_errors import unreadable
 
@@ -43,6 +45,7 @@ def find_commit(config: ModelConfig) -> str | None:
     Raises:
         ModelError: the model cannot be had, with the cause.
     """
+    config = opened_as(config)
     path = expand_home(config.path)
     if Path(path).is_dir():
         return None
@@ -61,8 +64,9 @@ def load_model_config(config: ModelConfig) -> Any:
         ModelError: it cannot be had, with the cause.
     """
     register_own_models()
+    config = opened_as(config)
     path = expand_home(config.path)
     try:
         return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise unreadable(config, "config.json", error) from error

@@ -8,7 +8,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.errors import ConfigError, ModelError
 from distributed_unlearn.files import expand_home
+from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.hub_errors import unreadable
+
+
+def tokenizer_source(config: ModelConfig) -> ModelConfig:
+    """Where the tokenizer is: an adapter folder without one has its base's."""
+    return config if (Path(expand_home(config.path)) / "tokenizer_config.json").is_file() else opened_as(config)
 
 
 def load_tokenizer(config: ModelConfig, pad_token: str | None = None) -> PreTrainedTokenizerBase:
@@ -22,6 +28,7 @@ def load_tokenizer(config: ModelConfig, pad_token: str | None = None) -> PreTrai
         ModelError: missing, not fast, or without a pad token.
         ConfigError: a `pad_token` that the vocabulary does not hold.
     """
+    config = tokenizer_source(config)
     path = expand_home(config.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)

@@ -12,7 +12,7 @@ from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.files import expand_home
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def float_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype | None:
     """The narrowest dtype that holds every floating-point tensor exactly; None without any."""
     found = None
     for tensor in tensors.values():
-        own = _DTYPES.get(tensor.dtype)
+        own = FLOAT_DTYPES.get(tensor.dtype)
         if own is not None:
             found = own if found is None else torch.promote_types(found, own)
     return found

@@ -9,7 +9,8 @@ from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.files import refuse_existing
-from distributed_unlearn.models.checkpoint import require_safetensors
+from distributed_unlearn.models.base_of_adapter import reference_model
+from distributed_unlearn.models.fit import check_checkpoint
 from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.rounds.events import RunEvents
 from distributed_unlearn.rounds.folder import output_folder
@@ -46,11 +47,12 @@ def prepare(job: JobConfig) -> PreparedData:
     if job.train is None and not job.unlearns:
         raise ConfigError("a job without forget, rounds or train", "one of them", "say what to forget or to train")
     refuse_existing(output_folder(job.output) / "checkpoint", job.overwrite)
-    require_safetensors(job.model.path)
+    stage = job.cluster.zero_stage if job.train is None else job.train.stage_in(job.cluster)
+    check_checkpoint(job.model, stage)
     if job.retrained is not None and job.train is None:
-        require_safetensors(job.retrained)
+        check_checkpoint(reference_model(job.model, job.retrained), stage)
     if job.data.base_model is not None and job.unlearns and job.objective.uses_base_model:
-        require_safetensors(job.data.base_model)
+        check_checkpoint(reference_model(job.model, job.data.base_model), stage)
     return prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
 
 

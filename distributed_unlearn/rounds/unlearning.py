@@ -9,7 +9,8 @@ from distributed_unlearn.config import JobConfig, ModelConfig
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.evaluation.metrics import tug_of_war
-from distributed_unlearn.files import complete_folder, expand_home
+from distributed_unlearn.files import complete_folder
+from distributed_unlearn.models.base_of_adapter import reference_model
 from distributed_unlearn.provenance import hash_folder
 from distributed_unlearn.records import RoundRecord, RunRecord, SetScores, StepRecord, SurvivingUpdate, run_verdict
 from distributed_unlearn.report.card import model_card
@@ -81,7 +82,7 @@ def _score_reference(session: Session) -> dict[str, SetScores] | None:
     if job.retrained is None:
         return None
     with session.events.stage(f"scoring the retrained reference {job.retrained}"):
-        model = job.model.model_copy(update={"path": expand_home(job.retrained), "revision": None})
+        model = reference_model(job.model, job.retrained)
         workers.open_model(model, job.model.dtype, job.cluster.zero_stage)
         last = len(data.partition.forget_rounds) - 1
         return evaluate_sets(workers, _sets(data, last), 2 * job.curvature.micro_batch_size)[0]
@@ -97,10 +98,8 @@ def _score_base(session: Session) -> PredictionEvidence | None:
     if job.data.base_model is None or not job.objective.uses_base_model:
         return None
     with session.events.stage(f"scoring the base model {job.data.base_model}"):
-        path = expand_home(job.data.base_model)
-        facts = workers.open_model(
-            job.model.model_copy(update={"path": path, "revision": None}), job.model.dtype, job.cluster.zero_stage
-        )
+        model = reference_model(job.model, job.data.base_model)
+        facts = workers.open_model(model, job.model.dtype, job.cluster.zero_stage)
         largest = data.corpus.largest_token_id
         if largest is not None and facts.vocab_size is not None and largest >= facts.vocab_size:
             raise ModelError(

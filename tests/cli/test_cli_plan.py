@@ -10,6 +10,7 @@ from command_line import succeed
 from tiny_job import TinyJob
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.engine.estimate import estimate_training_memory, measure_model
 
 
@@ -34,7 +35,10 @@ def _row(out: str, name: str) -> str:
 def test_plan_writes_nothing_and_reads_no_weights(tiny: TinyJob, tmp_path, capsys, monkeypatch):
     num_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny.model).parameters())
     model = tiny.copy_model(tmp_path / "model")
-    (model / "model.safetensors").write_bytes(b"no weights at all")
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    weights.write_bytes(content[:header] + b"\xff" * (len(content) - header))  # names and shapes, and not a number
     monkeypatch.chdir(tmp_path)
     before = _tree(tmp_path)
     _, *arguments = tiny.run(Path("out"), f"model.path={model}", "solver.max_steps=7", "solver.max_krylov_steps=4")
@@ -79,7 +83,7 @@ def test_plan_of_a_training_job_is_about_training(tiny: TinyJob, tmp_path, capsy
 def test_training_memory_by_stage_on_two_ranks(stage, bytes_per_parameter):
     """Rajbhandari et al. 2020, figure 1, in float32: K = 8, and 12 where a copy of the weights is partitioned too."""
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=512)
-    size = measure_model(config, "all", 2, stage)
+    size = measure_model(ModelConfig(path="unused"), config, 2, stage)
     found = estimate_training_memory(size, config, torch.float32, stage, 4, 32)
     parts = (found.weights, found.gradients, found.optimizer_states)
     assert parts == tuple(size.num_parameters * count for count in bytes_per_parameter)

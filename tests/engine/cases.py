@@ -1,5 +1,6 @@
 """What is computed on ranks and, in float64 on one plain module, as its truth."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SCureNewtonConfig, TrainConfig
@@ -164,7 +166,12 @@ class Truth:
 
 
 def load_float64(path: str) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+    """The module of a checkpoint, or of an adapter folder on its base, under the base's names."""
+    adapter = Path(path) / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else path
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
+    if adapter.exists():
+        model = PeftModel.from_pretrained(model, path, is_trainable=True).base_model.model
     return model.double().eval()
 
 

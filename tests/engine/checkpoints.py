@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -72,6 +73,19 @@ def write_checkpoints(folder: Path) -> None:
     odd_llama().config.save_pretrained(folder / "pickled")
     torch.save(odd_llama().state_dict(), folder / "pickled" / "pytorch_model.bin")
     _blockless().save_pretrained(folder / "blockless")
+    _write_adapter(folder, "odd_llama", "lora")
+    _write_adapter(folder, "odd_llama_bf16", "lora_bf16")
+
+
+def _write_adapter(folder: Path, base: str, name: str) -> None:
+    """LoRA of rank 3 on some layers, A and B far from zero, with a dropout that must not be seen."""
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        model = AutoModelForCausalLM.from_pretrained(folder / base)
+        settings = LoraConfig(
+            r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.3
+        )
+        get_peft_model(model, settings).save_pretrained(folder / name)
 
 
 def _blockless() -> PreTrainedModel:

@@ -7,7 +7,7 @@ from distributed_unlearn.engine.check import CurvatureCheck
 from tests.engine.cases import Case, Plan, Problem
 from tests.families import FAMILIES
 
-LLAMA, GEMMA = Problem(), Problem("gemma")
+LLAMA, GEMMA, LORA = Problem(), Problem("gemma"), Problem("lora")
 TOKEN = Problem(objective="token_matched")
 ALTERNATIVES = Problem(objective="token_matched", options=(("retain", "kl"), ("alternatives_weight", 0.7)))
 UNEVEN = Problem(gradient_batch=3, curvature_batch=2)  # on 4 ranks, two ranks have no record at all
@@ -34,6 +34,11 @@ CASES = (
     Case(Problem(objective="delete"), 2, 1, 8, "recompute"),
     Case(GEMMA, 2, 3, 3, "recompute"),
     Case(GEMMA, 2, 3, 8, "cached"),
+    Case(LORA, 1, 0, 3, "cached"),
+    Case(LORA, 1, 3, 8, "recompute"),
+    Case(LORA, 2, 0, 8, "recompute"),
+    Case(LORA, 2, 3, 3, "recompute"),
+    Case(LORA, 2, 3, 8, "cached"),
     Case(LLAMA, 4, 0, 8, "recompute"),
     Case(TOKEN, 4, 3, 3, "recompute"),
     Case(LLAMA, 4, 3, 1, "recompute"),

@@ -364,11 +364,11 @@ def train(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
     def spec_of(name: str, config: TrainConfig) -> TrainingSpec:
         return TrainingSpec(ModelConfig(path=str(plan.folder / name)), config, np.arange(NUM_RECORDS), stage, 2, 0)
 
-    for num_steps in (1, 3):
-        worker.begin_training(spec_of("odd_llama", TRAINING))
+    for name, num_steps in (("odd_llama", 1), ("odd_llama", 3), ("lora", 3)):
+        worker.begin_training(spec_of(name, TRAINING))
         losses = [worker.train_step(step) for step in range(num_steps)]
         facts = worker.finish_training()
-        found[f"{num_steps}"] = {
+        found[f"{num_steps}" if name == "odd_llama" else name] = {
             "losses": losses,
             "facts": facts,
             "layout": worker.opened.layout,

@@ -23,11 +23,21 @@ everywhere = pytest.mark.parametrize(("world_size", "stage"), PLACES)
 @pytest.fixture(scope="module")
 def plain(checkpoints, corpus):
     """Losses before each of three steps, and the weights before and after each, from AdamW in float64."""
-    torch.manual_seed(0)
-    model = load_float64(str(checkpoints / "odd_llama"))
+    return plain_training(checkpoints / "odd_llama", corpus)
+
+
+@pytest.fixture(scope="module")
+def plain_lora(checkpoints, corpus):
+    """The same of the adapter's weights alone."""
+    return plain_training(checkpoints / "lora", corpus)
+
+
+def plain_training(path, corpus):
+    model = load_float64(str(path))
+    trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": TRAINING.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": TRAINING.weight_decay},
+        {"params": [p for p in trainable if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer, losses, weights = torch.optim.AdamW(groups), [], [_weights(model)]
     num_steps = TRAINING.epochs * math.ceil(NUM_RECORDS / TRAINING.batch_size)
@@ -50,7 +60,7 @@ def plain(checkpoints, corpus):
 
 
 def _weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _flat(named):
@@ -101,3 +111,18 @@ def test_dropout_is_left_out_and_said_so(world_size, results, checkpoints, corpu
         logits = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).logits
         expected = token_nll(logits, tokens.input_ids, tokens.answer_mask)[0].sum() / tokens.answer_mask.sum()
     assert abs(loss - expected) < SUMS * expected
+
+
+@everywhere
+def test_an_adapter_is_trained_as_plain_adamw_trains_it_and_its_base_is_left_alone(
+    world_size, stage, results, plain_lora
+):
+    ranks = [rank["lora"] for rank in results.of(world_size, f"training {stage}")]
+    for rank in ranks:
+        for loss, expected in zip(rank["losses"], plain_lora[0], strict=True):
+            assert abs(loss - expected) < SUMS * expected
+    master = assemble([rank["weights"] for rank in ranks], ranks[0]["layout"])
+    before, after = plain_lora[1][0], plain_lora[1][3]
+    assert master.keys() == before.keys() and len(master) == 8
+    update, expected = _flat(master) - _flat(before), _flat(after) - _flat(before)
+    assert (update - expected).norm() < 1e-3 * expected.norm()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.data.encoding import collate
 from distributed_unlearn.engine.estimate import (
     elements_per_gradient,
@@ -155,7 +156,8 @@ def test_every_record_is_scored_once(world_size, stage, results, checkpoints, co
 @everywhere
 @pytest.mark.parametrize("share", TRAINABLE)
 def test_the_plan_counts_what_a_run_moves(world_size, stage, share, results, checkpoints):
-    size = measure_model(AutoConfig.from_pretrained(checkpoints / "odd_llama"), TRAINABLE[share], world_size, stage)
+    model = ModelConfig(path=str(checkpoints / "odd_llama"), trainable=TRAINABLE[share])
+    size = measure_model(model, AutoConfig.from_pretrained(model.path), world_size, stage)
     expected = {
         "gradient cached": elements_per_gradient(size, stage, keep_forward=True),
         "product cached": elements_per_product(size, stage, cached=True),
