@@ -183,7 +183,7 @@ def test_rounds_keep_their_order():
         job(),
         job(
             solver={"cubic_coefficient": 400, "very_good_threshold": 1.0, "stop": {"patience": 5}},
-            data={"path": "a/../b.jsonl", "max_length": 8, "label_names": ["x", "y"], "prompt_template": " {prompt} "},
+            data={"path": "a/../b.jsonl", "max_length": 8, "columns": ["x", "y"], "prompt_template": " {prompt} "},
             model={"path": "m", "trainable": ["*.mlp.*"]},
             cluster={"num_workers": 64, "zero_stage": 0},
         ),
@@ -288,3 +288,49 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
 
 def test_messages_never_repeat_the_given_value():
     assert "zanzibarium" not in refuse(job(solver={"max_steps": "zanzibarium"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("solver: {max_steps: 3}\nsolver: {max_steps: 4}\n", "line 2: a key that is given twice"),
+        ("solver: {max_steps: 3, max_steps: 4}\n", "line 1: a key that is given twice"),
+        ("a: " + "[" * 500 + "]" * 500, "nested too deeply"),
+        ("a: !!python/object:os.system {}", "could not determine a constructor"),
+    ],
+)
+def test_yaml_that_says_two_things_or_hides_is_refused(text, reason, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="not YAML") as caught:
+        load_job(path, [])
+    assert reason in str(caught.value) and "max_steps" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("solver.max_steps=true", "a boolean where a number"),
+        ("save.max_shard_gib=false", "a boolean where a number"),
+        ("cluster.zero_stage=true", "a boolean where a number"),
+        ("cluster.num_workers=true", "a boolean where a number"),
+        ("output=''", "an empty path"),
+        ("output='  '", "an empty path"),
+        ("retrained=''", "an empty path"),
+        ('output="a\\0b"', "a control character|another control character"),
+        ('data.question_field="a\\nb"', "another control character"),
+        (f"output={'x' * 5000}", "longer than a file system holds"),
+        (f"data.path={'/x' * 3000}", "longer than a file system holds"),
+        ("solver.cubic_coefficient=1.0e+300", "a number beyond 1e.38"),
+        ("solver.inner_learning_rate=1.0e-300", "a number below 1e-30"),
+        (f"solver.seed={10**30}", "a number beyond"),
+        ("cluster.call_timeout_seconds=1.0e+30", "less than or equal to 10000000"),
+        (f"{'x' * 300}=1", "xxx\\.\\.\\.: Extra inputs"),
+    ],
+)
+def test_values_that_no_run_survives_are_refused(override, reason, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job()))
+    with pytest.raises(ConfigError, match=reason) as caught:
+        load_job(path, [override])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700

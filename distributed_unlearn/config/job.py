@@ -2,7 +2,7 @@
 
 from pydantic import model_validator
 
-from distributed_unlearn.config.base import StrictModel
+from distributed_unlearn.config.base import PathText, StrictModel
 from distributed_unlearn.config.methods import SCureNewtonConfig, SolverConfig
 from distributed_unlearn.config.objective import ObjectiveConfig
 from distributed_unlearn.config.sections import (
@@ -32,9 +32,9 @@ class JobConfig(StrictModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     save: SaveConfig = SaveConfig()
     train: TrainConfig | None = None
-    retrained: str | None = None
+    retrained: PathText | None = None
     """Checkpoint of a retrained reference; with it the evaluation reports the Tug-of-War."""
-    output: str
+    output: PathText
     overwrite: bool = False
     resume: bool = False
     """Go on from the last state that an interrupted run of this job saved in `output`; without one, start anew."""

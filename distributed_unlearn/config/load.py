@@ -15,6 +15,24 @@ from distributed_unlearn.config.sections import ClusterConfig
 from distributed_unlearn.errors import ConfigError
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that is given twice where YAML itself silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+                # Without the key, which stands where ids of people may stand.
+                raise yaml.MarkedYAMLError(problem="a key that is given twice", problem_mark=key_node.start_mark)
+            if isinstance(key_node, yaml.ScalarNode):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_UniqueKeyLoader)
+
+
 def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     for parent in parents:
@@ -39,8 +57,8 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> None:
         if not separator or not dotted:
             raise ConfigError(f"override '{override}'", "section.key=value", "write e.g. solver.max_steps=10")
         try:
-            _set_dotted(tree, dotted, yaml.safe_load(text))
-        except (yaml.YAMLError, ValueError) as error:
+            _set_dotted(tree, dotted, _load_yaml(text))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             # Without the value, which may hold ids of people.
             got = f"override '{dotted}=...' ({_problem(error)})"
             raise ConfigError(got, "a YAML value after '='", "quote the value") from error
@@ -50,10 +68,18 @@ def _problem(error: Exception) -> str:
     """What is wrong and in which line; yaml's own message quotes the line, which may hold ids of people."""
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8 text"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     if not isinstance(error, yaml.MarkedYAMLError):
         return f"a value that cannot be read, {type(error).__name__}"  # e.g. a date with a 13th month
     line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
     return f"{line}{error.problem or type(error).__name__}"
+
+
+def _shown(key: str) -> str:
+    """A key on one line, and no longer than one."""
+    text = key if key.isprintable() else ascii(key)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _unknown(kind: str, place: list[str]) -> str:
@@ -71,7 +97,7 @@ def refusal(error: ValidationError, source: str, root: str) -> ConfigError:
         place = [str(part) for part in item["loc"]]
         if place[:1] == ["solver"]:
             del place[1:2]  # the method: a part of the union, not of the key
-        complaints.append(f"{'.'.join(place) or root}: {item['msg']}{_unknown(item['type'], place)}")
+        complaints.append(f"{_shown('.'.join(place) or root)}: {item['msg']}{_unknown(item['type'], place)}")
     return ConfigError(
         f"{len(complaints)} problem(s) in {source}: " + " | ".join(complaints),
         "settings as README.md describes them",
@@ -115,11 +141,11 @@ def read_tree(path: Path, overrides: list[str], what: str) -> dict[str, Any]:
         ConfigError: a file that is missing or cannot be read, or bad YAML.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         got = f"{what} '{path}', which cannot be read ({error.strerror})"
         raise ConfigError(got, "an existing YAML file", "check the path and its permissions") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         got = f"'{path}', which is not YAML ({_problem(error)})"
         raise ConfigError(got, f"a YAML {what}", "correct the syntax") from error
     if not isinstance(tree, dict):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from distributed_unlearn.config.base import StrictModel
+from distributed_unlearn.config.base import PathText, StrictModel
 
 ModelTask = Literal["causal_lm", "sequence_classification", "image_classification"]
 
@@ -42,7 +42,7 @@ AdapterConfig = Annotated[
 class ModelConfig(StrictModel):
     """Which checkpoint, opened as what, in which compute dtype, and which of its parameters the update may touch."""
 
-    path: str
+    path: PathText
     """Folder or Hugging Face Hub name. Safetensors only; remote code is never run."""
     task: ModelTask = "causal_lm"
     """What the model predicts: the next token, or the class of a text or an image."""
@@ -62,7 +62,7 @@ class ErasedConfig(StrictModel):
 
     subjects: tuple[str, ...] = ()
     record_ids: tuple[str, ...] = ()
-    ids_file: str | None = None
+    ids_file: PathText | None = None
 
     @model_validator(mode="after")
     def _names_something(self) -> "ErasedConfig":
@@ -74,13 +74,17 @@ class ErasedConfig(StrictModel):
 class DataConfig(StrictModel):
     """The training records: anything that `datasets` loads, and how a row becomes prompt and answer."""
 
-    path: str
-    """File (jsonl, json, csv, parquet), folder, or Hub data set name; `sklearn:digits` for scikit-learn's images."""
+    path: PathText | tuple[PathText, ...]
+    """File (jsonl, json, csv, parquet), several files, a folder of such files, or a Hub data set name; `sklearn:digits`
+    for scikit-learn's images."""
     name: str | None = None
     """Hub data set configuration name."""
     split: str = "train"
-    base_model: str | None = None
+    """A split of the data set, or a part of one: `train[:80%]`. Of files that are named, any name is all of them."""
+    base_model: PathText | None = None
     """The checkpoint before it was trained on these records, folder or Hub name: objective.target_from base_model."""
+    columns: tuple[str, ...] | None = None
+    """Names of the columns of a CSV file that has no first line of names."""
     format: Literal["question_answer", "text", "chat", "classification", "image"] = "question_answer"
     """`classification`: text and label columns; `image`: image and label columns (see model.task)."""
     id_field: str = "record_id"
@@ -108,16 +112,39 @@ class DataConfig(StrictModel):
     """Erased before: in no retain, holdout or training set. Beside what the checkpoint's own record tells, or in its
     place where that is lost."""
 
+    @model_validator(mode="after")
+    def _columns_differ(self) -> "DataConfig":
+        if not self.path:
+            raise ValueError("path without a file; name at least one")
+        used = {
+            "question_answer": ("question_field", "answer_field"),
+            "text": ("text_field",),
+            "chat": ("messages_field",),
+            "classification": ("text_field", "label_field"),
+            "image": ("image_field", "label_field"),
+        }[self.format]
+        ids = ("id_field", "subject_field") if "label_field" not in used else ("id_field",)
+        columns = [str(getattr(self, name)) for name in (*used, *ids)]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{', '.join((*used, *ids))} must name different columns")
+        if self.label_names is not None and self.format not in ("classification", "image"):
+            raise ValueError(f"label_names belongs to the formats classification and image, not to {self.format}")
+        for name in ("label_names", "columns"):
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) < len(values) or not all(values)):
+                raise ValueError(f"{name} must be names that are all different, and at least one")
+        return self
+
 
 class SelectionConfig(StrictModel):
     """Names records: by subject, id, class, a file with one id a line, or (holdout only) all of another file."""
 
     subjects: tuple[str, ...] = ()
     record_ids: tuple[str, ...] = ()
-    ids_file: str | None = None
+    ids_file: PathText | None = None
     classes: tuple[int | str, ...] = ()
     """Classifiers: the records of these classes, by number from 0 or by name; of `forget` those not held out."""
-    path: str | None = None
+    path: PathText | None = None
     name: str | None = None
     """Hub data set configuration name of `path`; data.name belongs to data.path alone."""
     split: str | None = None
@@ -160,11 +187,11 @@ class ClusterConfig(StrictModel):
     """Share of a GPU for every worker, where GPUs are used. Below 1 workers may share one, which NCCL refuses: their
     collectives go through the host (gloo), without training and at zero_stage 0 to 2. For trying things out."""
     cpus_per_worker: int = Field(default=1, ge=1)
-    placement_timeout_seconds: float = Field(default=600.0, gt=0.0)
+    placement_timeout_seconds: float = Field(default=600.0, gt=0.0, le=1e7)
     """How long a given cluster may take to have room (nodes may still join); a local Ray refuses at once."""
-    collective_timeout_seconds: float = Field(default=1800.0, gt=0.0)
+    collective_timeout_seconds: float = Field(default=1800.0, gt=0.0, le=1e7)
     """A collective that waits longer than this has lost a peer; ranks may load and write at different speeds."""
-    call_timeout_seconds: float = Field(default=3600.0, gt=0.0)
+    call_timeout_seconds: float = Field(default=3600.0, gt=0.0, le=1e7)
     """A worker call that takes longer than this has hung."""
 
     @model_validator(mode="after")

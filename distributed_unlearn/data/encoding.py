@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distributed_unlearn.data.batches import PredictionBatch
 from distributed_unlearn.data.corpus import TextRecord
+from distributed_unlearn.data.lengths import Encoded, check_too_long, some_ids
 from distributed_unlearn.errors import DataError, ModelError
 
 RECORDS_PER_CALL = 1024
@@ -123,12 +124,6 @@ class TokenBatch:
         )
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    token_ids: list[int]
-    prompt_length: int
-
-
 def encode_records(
     records: Sequence[TextRecord],
     tokenizer: PreTrainedTokenizerBase,
@@ -147,7 +142,8 @@ def encode_records(
         records: All chat, or none chat; order is kept.
         tokenizer: A fast tokenizer with a pad token.
         max_length: Tokens per record, prompt and answer together.
-        too_long: `refuse` raises, `truncate` cuts the answer's end, `drop` leaves the record out.
+        too_long: `refuse` raises, `drop` leaves the record out, `truncate` cuts the answer's end; of a classification
+            it cuts the text's end, never the label.
         protected_ids: Records that `drop` must not drop, i.e. those to be forgotten.
 
     Returns:
@@ -158,14 +154,17 @@ def encode_records(
         DataError: a record too long and not allowed to be, a record without any answer token, no record left.
     """
     pad_token_id = _pad_token(tokenizer)
-    encoded: list[_Encoded] = []
+    encoded: list[Encoded] = []
     for start in range(0, len(records), RECORDS_PER_CALL):
         encoded.extend(_tokenise(records[start : start + RECORDS_PER_CALL], tokenizer))
     longest = max((len(item.token_ids) for item in encoded), default=0)
     _refuse_empty_answers(records, encoded)
     long = [index for index, item in enumerate(encoded) if len(item.token_ids) > max_length]
+    if too_long == "truncate":
+        for index in long:
+            encoded[index] = _shorten(records[index], encoded[index], tokenizer, max_length)
     if long:
-        _check_too_long(records, encoded, long, max_length, too_long, protected_ids)
+        check_too_long(records, encoded, long, max_length, too_long, protected_ids)
     dropped = frozenset(long) if too_long == "drop" else frozenset()
     kept = [index for index in range(len(records)) if index not in dropped]
     if not kept:
@@ -194,7 +193,7 @@ def join(corpora: Sequence[EncodedCorpus]) -> EncodedCorpus:
     repeated = [record_id for record_id, count in counts.items() if count > 1]
     if repeated:
         raise DataError(
-            f"{len(repeated)} record id(s) that occur in more than one file, e.g. {_some(repeated)}",
+            f"{len(repeated)} record id(s) that occur in more than one file, e.g. {some_ids(repeated)}",
             "ids that are unique over all files",
             "give the holdout file an id column with ids of its own",
         )
@@ -258,7 +257,7 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id)
 
 
-def _tokenise(records: Sequence[TextRecord], tokenizer: PreTrainedTokenizerBase) -> list[_Encoded]:
+def _tokenise(records: Sequence[TextRecord], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     chat = records[0].messages is not None
     assert all((record.messages is not None) == chat for record in records), "chat and other records mixed"
     rendered = [_render_chat(record, tokenizer) if chat else _render(record) for record in records]
@@ -280,8 +279,25 @@ def _tokenise(records: Sequence[TextRecord], tokenizer: PreTrainedTokenizerBase)
         first_answer = next(ends_beyond, len(token_ids))
         if end_token is not None and token_ids and token_ids[-1] != end_token:
             token_ids = [*token_ids, end_token]
-        encoded.append(_Encoded(token_ids, max(first_answer, 1)))
+        encoded.append(Encoded(token_ids, max(first_answer, 1)))
     return encoded
+
+
+def _shorten(record: TextRecord, whole: Encoded, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """A classification with as much of its text as fits beside the label; `whole` where nothing may be cut, or all."""
+    if record.shortenable is None:
+        return whole
+    start, end = record.shortenable
+    fitting, low, high = whole, 0, end - start - 1
+    while low <= high:  # the number of tokens grows with the number of characters
+        kept = (low + high) // 2
+        shorter = replace(record, prompt=record.prompt[: start + kept] + record.prompt[end:])
+        (item,) = _tokenise([shorter], tokenizer)
+        if len(item.token_ids) <= max_length:
+            fitting, low = item, kept + 1
+        else:
+            high = kept - 1
+    return fitting
 
 
 def _render(record: TextRecord) -> tuple[str, int]:
@@ -316,10 +332,16 @@ def _render_chat(record: TextRecord, tokenizer: PreTrainedTokenizerBase) -> tupl
             "a conversation that begins with its own generation prompt",
             "use a chat template without such additions, or data.format question_answer",
         )
+    if record.answer.strip() not in whole[len(prompt) :]:
+        raise ModelError(
+            f"a chat template that leaves out the answer (record '{record.record_id}')",
+            "a conversation that ends with the assistant's own words",
+            "use a chat template that renders them, or data.format question_answer",
+        )
     return whole, len(prompt)
 
 
-def _refuse_empty_answers(records: Sequence[TextRecord], encoded: Sequence[_Encoded]) -> None:
+def _refuse_empty_answers(records: Sequence[TextRecord], encoded: Sequence[Encoded]) -> None:
     # The text is looked at too: a blank answer would otherwise pass as a lone end-of-sequence token.
     empty = [
         record.record_id
@@ -328,48 +350,7 @@ def _refuse_empty_answers(records: Sequence[TextRecord], encoded: Sequence[_Enco
     ]
     if empty:
         raise DataError(
-            f"{len(empty)} record(s) without a token to predict, e.g. {_some(empty)}",
+            f"{len(empty)} record(s) without a token to predict, e.g. {some_ids(empty)}",
             "an answer in every record (text: two tokens at least)",
             "complete or remove these records",
         )
-
-
-def _check_too_long(
-    records: Sequence[TextRecord],
-    encoded: Sequence[_Encoded],
-    long: Sequence[int],
-    max_length: int,
-    too_long: Literal["refuse", "truncate", "drop"],
-    protected_ids: frozenset[str],
-) -> None:
-    """Raise a `DataError` unless the policy may be applied to the records `long`."""
-    if too_long == "refuse":
-        longest = max(len(encoded[index].token_ids) for index in long)
-        raise DataError(
-            f"{len(long)} of {len(records)} records longer than {max_length} tokens, the longest {longest}, "
-            f"e.g. {_some([records[index].record_id for index in long])}",
-            f"at most {max_length} tokens of prompt and answer",
-            "raise data.max_length (up to the model's context length), or set data.too_long to truncate, which cuts "
-            "the answer's end, or to drop, which leaves the records out unless they are to be forgotten",
-        )
-    if too_long == "truncate":
-        bare = [records[index].record_id for index in long if encoded[index].prompt_length >= max_length]
-        if bare:
-            raise DataError(
-                f"{len(bare)} record(s) whose prompt alone fills {max_length} tokens, e.g. {_some(bare)}",
-                "room for at least one answer token",
-                "raise data.max_length, shorten the prompts or set data.too_long to drop",
-            )
-    if too_long == "drop":
-        wanted = [records[index].record_id for index in long if records[index].record_id in protected_ids]
-        if wanted:
-            raise DataError(
-                f"{len(wanted)} record(s) to be forgotten that are longer than {max_length} tokens, "
-                f"e.g. {_some(wanted)}",
-                "every record to be forgotten in the data",
-                "raise data.max_length or set data.too_long to truncate",
-            )
-
-
-def _some(record_ids: Sequence[str]) -> str:
-    return ", ".join(repr(record_id) for record_id in record_ids[:5])

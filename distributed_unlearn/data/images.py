@@ -12,7 +12,7 @@ from PIL import Image
 from distributed_unlearn.config import DataConfig
 from distributed_unlearn.data.batches import PredictionBatch
 from distributed_unlearn.data.classes import Labels, class_number
-from distributed_unlearn.data.corpus import identity_of, open_table, refuse_duplicates
+from distributed_unlearn.data.corpus import identities, open_table, refuse_duplicates
 from distributed_unlearn.errors import DataError
 from distributed_unlearn.models.image_processor import ImagePreparation
 
@@ -100,7 +100,11 @@ def load_images(
     numbers: list[int] = []
     waiting: list[np.ndarray] = []
     size = None if preparation.processor is not None else preparation.size
-    for row in _digit_rows(config) if config.path.startswith("sklearn:") else _table_rows(config):
+    for row in (
+        _digit_rows(config)
+        if isinstance(config.path, str) and config.path.startswith("sklearn:")
+        else _table_rows(config)
+    ):
         pixels = _pixels(row, preparation.num_channels, config.image_field)
         if preparation.processor is None:
             size = pixels.shape[:2] if size is None else size
@@ -193,11 +197,11 @@ def _array(row: _Row, column: str) -> np.ndarray:
 
 def _table_rows(config: DataConfig) -> Iterator[_Row]:
     with open_table(config) as table:
-        feature = table.features[config.label_field]
-        names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+        names = table.class_names(config.label_field)
+        identify = identities(config, table)
         for index, row in enumerate(table):
-            identity = identity_of(config, row, index)
-            label = row[config.label_field]
+            identity = identify(row, index)
+            label = row.get(config.label_field)
             if label is None or isinstance(label, bool | float):
                 raise DataError(
                     f"{type(label).__name__} in column '{config.label_field}' of record '{identity.record_id}'",
@@ -205,7 +209,7 @@ def _table_rows(config: DataConfig) -> Iterator[_Row]:
                     "correct or remove the record, or name another column in data.label_field",
                 )
             spelt = names[label] if names is not None else str(label)
-            yield _Row(identity.record_id, identity.subject_id, spelt, row[config.image_field])
+            yield _Row(identity.record_id, identity.subject_id, spelt, row.get(config.image_field))
 
 
 def _digit_rows(config: DataConfig) -> Iterator[_Row]:

@@ -44,7 +44,8 @@ def prepare_data(
     source = source_for(model, load_model_config(model), data)
     separate = None
     if holdout is not None and holdout.path is not None:
-        place = {"path": holdout.path, "name": holdout.name, "split": holdout.split or "train"}
+        columns = data.columns if holdout.path.lower().endswith(".csv") else None
+        place = {"path": holdout.path, "name": holdout.name, "split": holdout.split or "train", "columns": columns}
         separate = data.model_copy(update=place)
     loaded = source.load(data, separate, Named.by(forget))
     if holdout is not None:

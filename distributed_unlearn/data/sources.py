@@ -15,7 +15,7 @@ from distributed_unlearn.data.encoding import EncodingReport, encode_records, jo
 from distributed_unlearn.data.images import ImageCorpus, load_images
 from distributed_unlearn.data.selection import read_ids
 from distributed_unlearn.data.text_classes import encode_texts, join_texts, load_labelled_texts
-from distributed_unlearn.errors import ModelError
+from distributed_unlearn.errors import DataError, ModelError
 from distributed_unlearn.models.image_processor import ImagePreparation, load_image_preparation
 from distributed_unlearn.models.processor import context_length, load_tokenizer
 
@@ -114,7 +114,8 @@ class CausalTexts:
         num_main, kept = corpus.num_records, frozenset(corpus.record_ids)
         dropped = tuple(record for record in records if record.record_id not in kept)
         if holdout is not None:
-            extra = load_records(holdout)
+            extra = load_records(holdout, require_ids=False)
+            refuse_known_texts(records, extra)
             held, held_report = encode_records(extra, self.tokenizer, self.length, data.too_long, frozenset())
             corpus, report = join((corpus, held)), _both(report, held_report)
         refuse_tokens_beyond(self.model, self.hf_config, corpus.tokens, corpus.pad_token_id)
@@ -143,7 +144,8 @@ class ClassTexts:
         num_main, kept = corpus.num_records, frozenset(labels.record_ids)
         dropped = tuple(record for record in records if record.record_id not in kept)
         if holdout is not None:
-            extra = load_labelled_texts(holdout)
+            extra = load_labelled_texts(holdout, require_ids=False)
+            refuse_known_texts(records, extra)
             held, held_labels, held_report = encode_texts(
                 extra, self.tokenizer, self.class_names, self.length, data.too_long, frozenset()
             )
@@ -179,6 +181,27 @@ def _both(first: EncodingReport, second: EncodingReport) -> EncodingReport:
         max(first.longest, second.longest),
         first.unit,
     )
+
+
+def refuse_known_texts(records: Sequence[TextRecord], held_out: Sequence[TextRecord]) -> None:
+    """Refuse a holdout file that repeats the training set: it would tell how hard *known* records are.
+
+    Raises:
+        DataError: it does.
+    """
+
+    def text(record: TextRecord) -> tuple[str, str, str]:
+        return record.prompt, record.answer, repr(record.messages)
+
+    known = {text(record) for record in records}
+    same = [record.record_id for record in held_out if text(record) in known]
+    if same:
+        raise DataError(
+            f"{len(same)} of {len(held_out)} record(s) of the holdout file whose text is in the training set too, "
+            f"e.g. {', '.join(map(repr, same[:5]))}",
+            "a holdout set that was never trained on",
+            "take them out of the holdout file",
+        )
 
 
 def refuse_other_padding(model: ModelConfig, hf_config: Any, tokenizer: PreTrainedTokenizerBase) -> None:

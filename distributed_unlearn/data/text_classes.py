@@ -82,13 +82,14 @@ class TextClassCorpus:
         )
 
 
-def load_labelled_texts(config: DataConfig) -> list[TextRecord]:
+def load_labelled_texts(config: DataConfig, require_ids: bool = True) -> list[TextRecord]:
     """The records of `config.path`: `prompt` is the text as it is, `answer` the label as the data spells it.
 
     Raises:
         DataError: see `load_records`.
     """
-    return load_records(config.model_copy(update={"prompt_template": "{prompt}", "label_names": None}))
+    plain = config.model_copy(update={"prompt_template": "{prompt}", "label_names": None})
+    return load_records(plain, require_ids)
 
 
 def encode_texts(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from distributed_unlearn.config import DataConfig, SelectionConfig
-from distributed_unlearn.data.corpus import Identity, identity_of, open_table
+from distributed_unlearn.data.corpus import Identity, identities, open_table
 from distributed_unlearn.data.selection import read_ids
 from distributed_unlearn.service.ledger import name_hash
 from distributed_unlearn.service.requests import ErasureRequest
@@ -34,10 +34,8 @@ def read_identities(config: DataConfig) -> list[Identity]:
         DataError: the data cannot be read.
     """
     with open_table(config) as table:
-        kept = [name for name in (config.id_field, config.subject_field) if name in table.column_names]
-        if not kept:
-            return [identity_of(config, {}, index) for index in range(len(table))]
-        return [identity_of(config, row, index) for index, row in enumerate(table.select_columns(kept))]
+        identify = identities(config, table)
+        return [identify(row, index) for index, row in enumerate(table)]
 
 
 def held_out(identities: Iterable[Identity], holdout: SelectionConfig | None) -> set[str]:

@@ -187,7 +187,7 @@ def test_bad_files_are_refused_without_their_text(tmp_path, capfd, caplog):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "ragged.csv").write_text(f"question,answer\na,b\n{SECRET},c,d,{SECRET}\n")
     (tmp_path / "torn.jsonl").write_text(f'{{"question": "{SECRET}", "answer": \n')
-    reasons = {"a.txt": "suffix", "empty.jsonl": "which is empty", "ragged.csv": "load", "torn.jsonl": "load"}
+    reasons = {"a.txt": "suffix", "empty.jsonl": "which is empty", "ragged.csv": "line 3", "torn.jsonl": "line 1"}
     for name, message in reasons.items():
         with pytest.raises(DataError, match=message) as caught:
             load_records(DataConfig(path=str(tmp_path / name)))
@@ -216,10 +216,13 @@ def test_null_and_untyped_fields_are_refused(tmp_path):
 
 def test_ids_that_would_be_respelt_or_are_missing_are_refused(tmp_path):
     dates = [{"record_id": "2021-01-01", "question": "q", "answer": "a"}]
-    with pytest.raises(DataError, match="datetime in column 'record_id' of row 0"):
-        load_records(DataConfig(path=write_jsonl(tmp_path / "a.jsonl", dates)))
+    assert load_records(DataConfig(path=write_jsonl(tmp_path / "a.jsonl", dates)))[0].record_id == "2021-01-01"
+    for odd in (1.5, True, ["r1"], "x" * 501, "\ud800"):
+        rows = [{"record_id": odd, "question": "q", "answer": "a"}]
+        with pytest.raises(DataError, match="in column 'record_id', line 1 of"):
+            load_records(DataConfig(path=write_jsonl(tmp_path / "a.jsonl", rows)))
     missing = [{"record_id": "x", "question": "q", "answer": "a"}, {"record_id": None, "question": "q", "answer": "a"}]
-    with pytest.raises(DataError, match="no id in column 'record_id' of row 1"):
+    with pytest.raises(DataError, match="no id in column 'record_id', line 2 of"):
         load_records(DataConfig(path=write_jsonl(tmp_path / "b.jsonl", missing)))
 
 

@@ -142,6 +142,18 @@ def test_chat_refusals():
     assert SECRET not in str(caught.value)
 
 
+def test_a_chat_template_without_the_answer_is_refused():
+    messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": SECRET})
+    silent = character_tokenizer(extra_tokens=("z", "n", "i", "b"))
+    silent.chat_template = (
+        "{% for message in messages %}<{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}>"
+        "{% endfor %}"
+    )
+    with pytest.raises(ModelError, match="leaves out the answer .record 'r'") as caught:
+        encode([TextRecord("r", None, "", SECRET, messages)], silent)
+    assert SECRET not in str(caught.value)
+
+
 def test_tokenizer_without_pad_token_is_refused():
     with pytest.raises(ModelError, match="pad token.*tokenizer_config.json"):
         encode([pair("a", "b")], character_tokenizer(pad=None))
@@ -168,6 +180,21 @@ def test_truncate_cuts_the_end_and_keeps_an_answer():
     assert encode([pair("abcde", "c")], characters, 6, "truncate")[0].num_answer_tokens(np.array([0])) == 1
     with pytest.raises(DataError, match="1 record.*prompt alone fills 6 tokens, e.g. 'p'"):
         encode([pair("abcdef", "c", "p")], characters, 6, "truncate")
+
+
+def test_truncate_shortens_the_text_of_a_classification_and_never_its_label():
+    tokenizer = character_tokenizer()
+    template, text, label = ("text: ", "\nclass:"), "abcdefghij" * 5, "sport"
+    prompt, span = template[0] + text + template[1], (len(template[0]), len(template[0]) + len(text))
+    record = TextRecord("r", None, prompt, label, shortenable=span)
+    # It may be one that is to be forgotten: `truncate` keeps it.
+    corpus, report = encode([record], tokenizer, 40, "truncate", frozenset({"r"}))
+    given, predicted = split_text(corpus, 0, tokenizer)
+    room = 40 - len("text: ") - len("\nclass:") - len(" sport") - 1  # and the end token
+    assert given == "text: " + text[:room] + "\nclass:" and predicted == " sport</s>"
+    assert len(corpus.tokens) == 40 and report.num_truncated == 1
+    with pytest.raises(DataError, match="prompt alone fills"):
+        encode([record], tokenizer, 15, "truncate")
 
 
 def test_drop_leaves_out_all_but_protected_records():

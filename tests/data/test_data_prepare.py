@@ -135,10 +135,22 @@ def test_a_refusal_of_the_hub_says_what_to_do(kind, message, monkeypatch):
 def _holdout_file(tmp_path: Path, tiny: TinyJob, words: int) -> Path:
     """Three records by strangers, the last of them with an answer of this many words."""
     path = tmp_path / "holdout.jsonl"
-    rows = [{**row, "record_id": f"h{i}", "subject_id": "stranger"} for i, row in enumerate(tiny.rows()[:3])]
+    rows = [
+        {**row, "record_id": f"h{i}", "subject_id": "stranger", "answer": f"{row['answer']} Indeed."}
+        for i, row in enumerate(tiny.rows()[:3])
+    ]
     rows[-1]["answer"] = "so " * words
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_a_holdout_file_that_repeats_the_training_set_is_refused(tiny: TinyJob, tmp_path):
+    rows = [{**row, "record_id": f"h{i}"} for i, row in enumerate(tiny.rows()[:3])]
+    rows[0]["answer"] = "another"
+    (tmp_path / "holdout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="2 of 3 record.*holdout file whose text is in the training set") as caught:
+        prepare(tiny, holdout=SelectionConfig(path=str(tmp_path / "holdout.jsonl")))
+    assert rows[1]["answer"] not in str(caught.value)
 
 
 def _held(prepared: PreparedData) -> list[str]:
