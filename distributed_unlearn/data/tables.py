@@ -120,7 +120,7 @@ def open_rows(config: DataConfig) -> Iterator[Table]:
         elif len(local) < len(paths):
             raise ConfigError("data.path with files and names of the Hub", "one or the other", "load them in two jobs")
         else:
-            table = _local_table(config, [Path(path).expanduser() for path in paths], cache)
+            table = _local_table(config, paths, cache)
         if len(table) == 0:
             raise DataError(f"no rows in {_shown(config)}", "at least one record", "check data.path and data.split")
         yield table
@@ -165,10 +165,11 @@ def _from_hub(config: DataConfig, path: str, cache: str) -> _Part:
         ) from None
 
 
-def _local_table(config: DataConfig, paths: Sequence[Path], cache: str) -> Table:
-    for path in paths:
+def _local_table(config: DataConfig, spelt: Sequence[str], cache: str) -> Table:
+    paths = [Path(path).expanduser() for path in spelt]
+    for path, text in zip(paths, spelt, strict=True):
         if not path.exists():
-            raise DataError(f"'{path}', which does not exist", "an existing file or folder", "check data.path")
+            raise DataError(f"'{text}', which does not exist", "an existing file or folder", "check data.path")
     if len(paths) == 1 and paths[0].is_dir():
         return _folder_table(config, paths[0], cache)
     if config.name is not None:
