@@ -21,12 +21,13 @@ class Adaptation:
     `M /= decrease_factor` after a very good step, else unchanged.
 
     `interpolated`: one trial measures the error of the quadratic model at one point,
-    `e = f(w + y) - f(w) - g'y - 1/2 y'Hy`, and `M_est = 6 e / ||y||^3` is the coefficient whose cubic model would have
-    met the objective there. After an accepted step M becomes the geometric mean of M and `2 M_est`, which averages over
-    minibatches, at least `M / decrease_factor` and at most `M * increase_factor`; so M also rises after a fair step,
-    before anything is rejected. Nothing is known of M before the first accepted trial, so there it becomes `2 M_est`
-    itself, within a factor of 64. An error that the loss's rounding hides gives no estimate, and then the `factor` rule
-    decides.
+    `e = f(w + y) - f(w) - g'y - 1/2 y'Hy`, and `M_est = 6 |e| / ||y||^3` is the smallest M that bounds it: M stands for
+    the Lipschitz constant of the Hessian, `|e| <= (M/6) ||y||^3` (Nesterov and Polyak 2006, lemma 1). The sign does not
+    matter: with a negative error the quadratic model was as wrong. After an accepted step M becomes the geometric mean
+    of M and `2 M_est`, which averages over minibatches, at least `M / decrease_factor` and at most
+    `M * increase_factor`; so M also rises after a fair step, before anything is rejected. Nothing is known of M before
+    the first accepted trial, so there it becomes `2 M_est` itself, within a factor of 64. An error that the loss's
+    rounding hides gives no estimate, and then the `factor` rule decides.
 
     Which f? M bounds the change of the Hessian, so f, g and H must be of one minibatch. Where the curvature minibatch
     C is a part of the gradient minibatch B, the trial's own error, `e_B = M_B/6 ||y||^3 + 1/2 y'(H_B - H_C)y`, holds
@@ -90,11 +91,11 @@ def estimate_coefficient(
 
 
 def model_error(remainder: float, curvature: float, update_norm: float, resolution: float) -> float | None:
-    """`6 (r - 1/2 y'Hy) / ||y||^3` with `r = f(w + y) - f(w) - g'y`, all of one minibatch: the M that its error shows.
+    """`6 |r - 1/2 y'Hy| / ||y||^3` with `r = f(w + y) - f(w) - g'y`, all of one minibatch: the M that its error shows.
 
     None when it is not finite, or when the error is within `resolution`, the rounding of the loss.
     """
     error, cubed = remainder - 0.5 * curvature, update_norm**3
     if not math.isfinite(error) or abs(error) <= resolution or cubed == 0.0:
         return None
-    return 6.0 * error / cubed
+    return 6.0 * abs(error) / cubed

@@ -146,14 +146,15 @@ def test_interpolated_rule_meets_a_cubic_objective() -> None:
     assert record.acceptance_ratio > 1.0
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("shift", [-2.0, 0.0, 8.0])
-def test_the_difference_of_the_minibatches_stays_out_of_m(shift: float) -> None:
+def test_the_difference_of_the_minibatches_stays_out_of_m(shift: float, sign: float) -> None:
     """Both minibatches have third derivative c; the curvature minibatch's Hessian is another by `shift`.
 
-    The trial's own error would add `-3 shift / ||y||` to c; the curvature minibatch's is c. The first estimate is taken
-    as it is (twice), the second by the geometric mean.
+    The trial's own error would add `-3 shift / ||y||` to c; the curvature minibatch's is c, and its size counts. The
+    first estimate is taken as it is (twice), the second by the geometric mean.
     """
-    cubic = 5.0
+    cubic, size = 5.0 * sign, 5.0
 
     def objective(curvature: float):  # noqa: ANN202
         def loss(w: torch.Tensor, step: int) -> torch.Tensor:
@@ -161,7 +162,7 @@ def test_the_difference_of_the_minibatches_stays_out_of_m(shift: float) -> None:
 
         return loss
 
-    for first, expected in ((8.0, 2 * cubic), (500.0, 2 * cubic), (1e-2, 64e-2)):
+    for first, expected in ((8.0, 2 * size), (500.0, 2 * size), (1e-2, 64e-2)):
         oracle = MemoryOracle(objective(10.0), torch.zeros(3, dtype=torch.float64), objective(10.0 + shift))
         solver = newton(oracle, cubic_coefficient=first, krylov_tolerance=0.0)
         record = solver.step(0)
@@ -171,7 +172,7 @@ def test_the_difference_of_the_minibatches_stays_out_of_m(shift: float) -> None:
     second.load_state_dict({"cubic_coefficient": 8.0, "has_measured": 1.0})
     oracle.weights.zero_()
     second.step(1)
-    assert second.cubic_coefficient == pytest.approx(math.sqrt(8.0 * 2 * cubic), rel=1e-6)
+    assert second.cubic_coefficient == pytest.approx(math.sqrt(8.0 * 2 * size), rel=1e-6)
 
 
 def test_a_trial_on_one_minibatch_is_its_own_measure() -> None:

@@ -143,6 +143,8 @@ class CubicNewton:
         if trial.remainder is not None:
             assert progress.proposal.curvature is not None
             estimate = model_error(trial.remainder, progress.proposal.curvature, trial.metric_norm, allowance)
+        elif estimate is not None:
+            estimate = abs(estimate)
         moves = self._adaptation.after_first_trial if self._is_first() else self._adaptation.after_acceptance
         self._coefficient = moves(self._coefficient, estimate, progress.ratio)
         return True
