@@ -196,7 +196,11 @@ def _memory_rows(memory: MemoryEstimate) -> list[Row]:
     return [
         ("memory a rank", _gib(memory.total), "estimate, recompute mode; cached mode adds what it measures"),
         ("  weights", _gib(memory.weights), "gathered from; fp32 master beside it where they differ"),
-        ("  vectors", _gib(memory.vectors), "gradient, Krylov basis, undo copy; fp32, partitioned"),
+        (
+            "  vectors",
+            _gib(memory.vectors),
+            "gradient, the inner solver's, what steps remember, undo copy; fp32, partitioned",
+        ),
         ("  copies on the host", _gib(memory.host_copies), "weights at the start of job and round"),
         ("  gathered segments", _gib(memory.gathered), "root and one block: weights, tangent, two results"),
         ("  activations", _gib(memory.activations), "block inputs of a pass, one block's graph, logits"),
@@ -207,8 +211,12 @@ def _round_rows(size: ModelSize, job: JobConfig, prepared: PreparedData) -> list
     solver, stage = job.solver, job.cluster.zero_stage
     products = solver.max_steps * _num_products(solver, size.num_trainable)
     curvature_batch = solver.curvature_batch if isinstance(solver, SecondOrderConfig) else 0
-    measures_trials = isinstance(solver, SecondOrderConfig)
-    step = elements_per_gradient(size, stage, False) + measures_trials * elements_per_loss(size, stage)
+    by_role = (
+        isinstance(solver, SCureNewtonConfig) and solver.inner == "subspace" and solver.subspace_gradient != "whole"
+    )
+    # A step with trials, whose loss is measured on the curvature minibatch too where that is another one.
+    losses = 1 + _remainder_vectors(solver) if isinstance(solver, SecondOrderConfig) else 0
+    step = (1 + by_role) * elements_per_gradient(size, stage, False) + losses * elements_per_loss(size, stage)
     product = elements_per_product(size, stage, False)
     total = (solver.max_steps * step + products * product) * getattr(torch, job.model.dtype).itemsize
     rounds = max(len(prepared.partition.forget_rounds), 1)
