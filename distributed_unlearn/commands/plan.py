@@ -199,7 +199,7 @@ def _memory_rows(memory: MemoryEstimate) -> list[Row]:
         (
             "  vectors",
             _gib(memory.vectors),
-            "gradient, the inner solver's, what steps remember, undo copy; fp32, partitioned",
+            "gradient, inner solver, memory, undo copy; fp32, partitioned",
         ),
         ("  copies on the host", _gib(memory.host_copies), "weights at the start of job and round"),
         ("  gathered segments", _gib(memory.gathered), "root and one block: weights, tangent, two results"),
