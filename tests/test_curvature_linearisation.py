@@ -291,6 +291,45 @@ def test_blocks_with_tuple_outputs(product, mode, batch):
     assert_is_truth(bench, product, mode)
 
 
+class Cube(torch.autograd.Function):
+    """Twice differentiable in reverse mode, without a forward-mode rule."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * cotangent
+
+
+class CubeModule(torch.nn.Module):
+    def forward(self, x):
+        return Cube.apply(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_block_without_a_forward_mode_rule_is_pushed_in_reverse_mode(product, mode, batch):
+    """The second of two blocks; the first keeps its rule."""
+    model = tiny_model("llama", dtype=torch.float64)
+    model.model.layers[1].mlp.act_fn = CubeModule()
+    bench = Bench(model, batch)
+    assert_is_truth(bench, product, mode)
+    linearisation = bench.linearise(product, mode)
+    linearisation.product(bench.vector(bench.tangent(2)), bench.zeros())
+    assert linearisation.reverse_only == (frozenset() if mode == "cached" else {1})
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_bloom_has_an_activation_without_a_forward_mode_rule(product, batch):
+    bench = Bench(_other_family("bloom", n_layer=2, n_head=4), batch)
+    assert len(bench.segmented.blocks) == 2
+    assert_is_truth(bench, product, "recompute")
+
+
 class SquashedEmbedding(torch.nn.Embedding):
     """Nonlinear in its weight, as an embedding with a norm behind it is."""
 

@@ -67,7 +67,11 @@ class Linearisation:
         self._recording: Recording | None = None
         """What cached mode keeps between calls."""
         self._reverse_only: set[int] = set()
-        """Blocks without a forward-mode rule, as far as that is known."""
+
+    @property
+    def reverse_only(self) -> frozenset[int]:
+        """Blocks that turned out to be without a forward-mode rule. Not collective."""
+        return frozenset(self._reverse_only)
 
     def loss(self) -> Tensor:
         """This rank's share of the objective: a float64 scalar without a graph. All ranks must call this."""
