@@ -5,7 +5,8 @@
 
 One process, world size 1, float32. With several micro-batches also what a pass over all of them costs beside a pass
 for each, in time and in elements that collectives deliver. Methods alternate within each repetition, so that a slow
-minute hits all of them; the medians are printed as ratios to the gradient of the same run. Prints one JSON line at the end.
+minute hits all of them; the medians are printed as ratios to the gradient of the same run. Prints one JSON line at the
+end.
 """
 
 import argparse

@@ -13,6 +13,10 @@ from distributed_unlearn.objectives.predictions import LabelledLogits
 from distributed_unlearn.workers.evidence import PredictionEvidence
 from distributed_unlearn.workers.messages import Indices, RecordScores
 
+MICRO_BATCHES_PER_PASS = 8
+"""Scored while a segment is gathered. Each holds a hidden state or three and its masks meanwhile: for all of them less
+than one layer's attention weights of one."""
+
 
 class _Noted:
     """A `LossOfLogits` that notes what every prediction is worth, and returns zero."""
@@ -42,17 +46,26 @@ def gather_evidence(opened: OpenedModel, corpus: Corpus, indices: Indices, micro
         Sorted by record, the same on every rank. All ranks must call this.
     """
     communicator, parts = opened.communicator, []
-    for chosen in scoring_micro_batches(corpus, indices, communicator.rank, communicator.world_size, micro_batch_size):
-        batch = corpus.batch(chosen).to(communicator.device)
-        noted = _Noted(batch)
-        share = LossShare(batch.inputs, noted, batch.positions)
-        Linearisation(opened.segmented, opened.store, [share]).loss()
-        counts = corpus.num_answer_tokens(chosen)
-        assert counts.sum() == len(batch.labels), "a batch whose predictions are not those of its records"
-        nll, odds, hits = (column.cpu().numpy() for column in noted.columns)
-        parts.append(PredictionEvidence(chosen, counts, nll.astype(np.float64), odds.astype(np.float64), hits))
+    pieces = scoring_micro_batches(corpus, indices, communicator.rank, communicator.world_size, micro_batch_size)
+    for start in range(0, len(pieces), MICRO_BATCHES_PER_PASS):
+        parts.extend(_evidence_of(opened, corpus, pieces[start : start + MICRO_BATCHES_PER_PASS]))
     gathered = [part for of_rank in communicator.gather_objects(parts) for part in of_rank]  # type: ignore[attr-defined]
     return PredictionEvidence.joined(gathered)
+
+
+def _evidence_of(opened: OpenedModel, corpus: Corpus, pieces: list[Indices]) -> list[PredictionEvidence]:
+    """Of some micro-batches in one pass. All ranks must call this."""
+    batches = [corpus.batch(chosen).to(opened.communicator.device) for chosen in pieces]
+    noted = [_Noted(batch) for batch in batches]
+    shares = [LossShare(batch.inputs, loss, batch.positions) for batch, loss in zip(batches, noted, strict=True)]
+    Linearisation(opened.segmented, opened.store, shares).loss()
+    found = []
+    for chosen, batch, loss in zip(pieces, batches, noted, strict=True):
+        counts = corpus.num_answer_tokens(chosen)
+        assert counts.sum() == len(batch.labels), "a batch whose predictions are not those of its records"
+        nll, odds, hits = (column.cpu().numpy() for column in loss.columns)
+        found.append(PredictionEvidence(chosen, counts, nll.astype(np.float64), odds.astype(np.float64), hits))
+    return found
 
 
 def score_records(opened: OpenedModel, corpus: Corpus, indices: Indices, micro_batch_size: int) -> RecordScores:
