@@ -11,6 +11,9 @@ from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.objectives.losses import token_nll
 from tests.families import random_tangent
 
+EXACT = 1e-12
+"""Rounding of a few thousand float64 operations is about 1e-14."""
+
 
 class OneRank:
     """The collectives of a group of one; counts what is gathered."""
@@ -106,3 +109,18 @@ class Bench:
         if product == "gauss_newton":
             return gauss_newton_product(self.model, self.logits, self.loss_of_logits, tangent)
         return double_backward(self.model, lambda model: self.loss_of_logits(self.logits(model)), tangent)
+
+
+def relative_error(value, truth):
+    return float((value - truth).norm() / truth.norm())
+
+
+def assert_is_truth(bench, product, mode):
+    tangent = bench.tangent(2)
+    truth = bench.truth(tangent, product)
+    gradient, result = bench.zeros(), bench.zeros()
+    linearisation = bench.linearise(product, mode)
+    both = linearisation.product(bench.vector(tangent), result, gradient)
+    assert abs(float(both - truth.loss)) < EXACT * abs(float(truth.loss))
+    assert relative_error(gradient, bench.flatten(truth.gradient)) < EXACT
+    assert relative_error(result, bench.flatten(truth.hvp)) < EXACT

@@ -85,3 +85,13 @@ def random_tangent(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def other_family(family: str, **settings: object) -> PreTrainedModel:
+    """Two layers of another architecture, float64, eager attention."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, **sizes, **settings, initializer_range=0.15, bos_token_id=1, eos_token_id=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    return model.double().eval()
