@@ -78,6 +78,7 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     curvature = check.add_parser("curvature", help="compare sharded products with an unsharded float64 reference")
     curvature.add_argument("--model", required=True, help="checkpoint folder or hub name")
     curvature.add_argument("--task", choices=get_args(ModelTask), default="causal_lm")
+    curvature.add_argument("--adapter", default=None, help="a LoRA adapter's folder, or `lora`: a new one")
     curvature.add_argument("--num-workers", type=_at_least("--num-workers", 1), default=2)
     curvature.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3)
     curvature.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
@@ -117,7 +118,7 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
         cluster, settings = _cluster(arguments, arguments.address), demo_settings(arguments.seed, arguments.short)
         run_demo(settings, cluster, arguments.output, arguments.overwrite, console)
     else:
-        from distributed_unlearn.commands.check import run_curvature_check
+        from distributed_unlearn.commands.check import model_to_check, run_curvature_check
         from distributed_unlearn.workers.messages import CurvatureCheck
 
         check = CurvatureCheck(
@@ -128,7 +129,8 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
             mode=arguments.mode,
             reference=arguments.reference,
         )
-        run_curvature_check(arguments.model, arguments.task, arguments.dtype, _cluster(arguments, None), check, console)
+        model = model_to_check(arguments.model, arguments.task, arguments.adapter, arguments.dtype)
+        run_curvature_check(model, arguments.dtype, _cluster(arguments, None), check, console)
     return 0
 
 

@@ -8,10 +8,10 @@ from rich.console import Console
 
 from distributed_unlearn.cluster.open import open_group
 from distributed_unlearn.commands.console_events import say_statistics, warn_of_fallback
-from distributed_unlearn.config import ClusterConfig, ModelConfig, ModelTask
+from distributed_unlearn.config import AdapterFolder, ClusterConfig, LoraAdapter, ModelConfig, ModelTask
 from distributed_unlearn.errors import CheckFailedError
 from distributed_unlearn.files import expand_home
-from distributed_unlearn.models.checkpoint import require_safetensors
+from distributed_unlearn.models.fit import check_checkpoint
 from distributed_unlearn.report.tables import facts_table, number
 from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.messages import CurvatureCheck
@@ -42,8 +42,18 @@ def tolerance_for(dtype: Dtype, reference: str) -> Tolerance:
     return Tolerance(0.25, 0.25, 0.25)
 
 
+def model_to_check(path: str, task: ModelTask, adapter: str | None, dtype: Dtype) -> ModelConfig:
+    """What the command line names: a model, and with `adapter` the folder of one or `lora`, a new one of rank 8."""
+    chosen: LoraAdapter | AdapterFolder | None = None
+    if adapter is not None:
+        chosen = LoraAdapter(name="lora") if adapter == "lora" else AdapterFolder(path=expand_home(adapter))
+    # Double precision is for checks only, so it is no dtype of a job's model section.
+    compute: Literal["float32", "bfloat16"] = "bfloat16" if dtype == "bfloat16" else "float32"
+    return ModelConfig(path=expand_home(path), task=task, dtype=compute, adapter=chosen)
+
+
 def run_curvature_check(
-    path: str, task: ModelTask, dtype: Dtype, cluster: ClusterConfig, check: CurvatureCheck, console: Console
+    model: ModelConfig, dtype: Dtype, cluster: ClusterConfig, check: CurvatureCheck, console: Console
 ) -> None:
     """Run the check on a worker group.
 
@@ -51,9 +61,7 @@ def run_curvature_check(
         CheckFailedError: an error above its tolerance, or not a number.
         UserError: the model cannot be loaded, the workers cannot be placed.
     """
-    require_safetensors(path)
-    # Double precision is for checks only, so it is no dtype of a job's model section.
-    model = ModelConfig(path=expand_home(path), task=task, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    check_checkpoint(model, cluster.zero_stage)
     with open_group(cluster) as group:
         workers = Workers(group)
         facts = workers.open_model(model, dtype, cluster.zero_stage)

@@ -4,13 +4,13 @@ import pickle
 
 import pytest
 
-from tests.causal_families import DENSE, OTHERS, write_family
+from tests.causal_families import ALL, write_family
 from tests.engine.family_programs import FamilyPlan
 from tests.engine.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
-NAMES = tuple(DENSE) + tuple(name for name in OTHERS if name != "bloom")
+NAMES = tuple(ALL)
 TOLERANCE = 1e-5
 """float32 chains of a few thousand roundings of 6e-8, of either sign; 2e-6 at most was seen."""
 
