@@ -60,3 +60,31 @@ def export_families(place: Place, plan: ExportPlan) -> None:
         surviving = worker.export(str(target), base, SaveConfig(max_shard_gib=2e-5))
         found[name, stage] = {"surviving": surviving, "master": weights.master.clone(), "layout": worker.opened.layout}
     place.file("sections").write_bytes(pickle.dumps(found))
+
+
+def open_adapters(place: Place, folder: Path) -> None:
+    """An adapter on a bfloat16 base, opened in both compute dtypes and written in both forms. All ranks must call this.
+
+    Hands back: how weights are held, the root's as gathered, and what survives of a small update.
+    """
+    worker, found = join_worker(place), {}
+    base = ModelConfig(path=str(folder / "lora_bf16"))
+    for stage, dtype in ((0, "float32"), (3, "float32"), (3, "bfloat16")):
+        worker.open_model(base, dtype, stage)
+        weights, segments = worker.opened.weights, worker.opened.layout.segments
+        held = {name: p.dtype for name, p in worker.opened.model.named_parameters() if "embed_tokens" in name}
+        found[stage, dtype] = {
+            "held": weights._frozen.dtype if stage == 3 else held["model.embed_tokens.weight"],
+            "copies": None if stage == 3 else weights._frozen,
+            "master": weights.master.dtype,
+            "used": weights.segment_weights(segments[0])["model.embed_tokens.weight"],
+            "exact": weights.exact_segment_weights(segments[0])["model.embed_tokens.weight"],
+        }
+        if dtype == "float32":
+            weights.set_master(weights.master + 0.1 * worker.opened.space.random_normal(weights.master, 2))
+            for form in ("adapter", "merged"):
+                target = folder / f"{form} {stage}"
+                target.mkdir(exist_ok=True)
+                worker.communicator.barrier()
+                found[stage, form] = worker.export(str(target), base, SaveConfig(adapter=form))
+    place.file("sections").write_bytes(pickle.dumps(found))

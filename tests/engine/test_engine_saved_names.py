@@ -15,8 +15,8 @@ from tests.engine.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
-# Renamed (embed_out), renamed and unfused (Mixtral), unfused, dense and sparse layers mixed, nothing renamed.
-FAMILIES = ("gpt_neox", "mixtral", "qwen2_moe", "deepseek_v3", "gpt2")
+# Renamed (embed_out), renamed and unfused (Mixtral), unfused, dense and sparse mixed, nothing renamed, multimodal.
+FAMILIES = ("gpt_neox", "mixtral", "qwen2_moe", "deepseek_v3", "gpt2", "gpt_oss", "gemma3")
 PLACES = [(name, stage) for name in FAMILIES for stage in (3, 0)]
 
 
