@@ -71,7 +71,7 @@ OWNERS: dict[str, frozenset[str]] = {
     f"{PACKAGE}.cli": _only("__main__"),
 }
 # The driver holds scalars: its files have no tensor to touch.
-WITHOUT_TORCH = _only("rounds", "workers.group", "workers.remote_oracle", "commands.run")
+WITHOUT_TORCH = _only("rounds", "workers.group", "workers.client", "commands.run")
 
 
 def _below(name: str, prefix: str) -> bool:

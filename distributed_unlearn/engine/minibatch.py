@@ -164,7 +164,7 @@ class MinibatchObjective:
         for group in _groups(remaining, memory.gradient_group):
             local += self._linearise(group, keep_forward=memory.keep_forward).gradient(gradient).cpu()
         self._note_log_odds()
-        if exact_loss and self._opened.exact_store is not self._opened.store:
+        if exact_loss and self._opened.master_store is not self._opened.store:
             local = self._local_loss(self._gradient_batches)
         names = sorted(self._gradient_batches[0].loss.terms)
         sums = [sum(float(batch.loss.terms[name]) for batch in self._gradient_batches) for name in names]
@@ -189,7 +189,7 @@ class MinibatchObjective:
         local = torch.zeros((), dtype=torch.float64)
         for linearisation in self._linearisations:
             local += linearisation.product(vector, result, gradient).cpu()
-        if self._opened.exact_store is not self._opened.store:
+        if self._opened.master_store is not self._opened.store:
             return result, self.curvature_loss()
         return result, self._sum(local)
 
@@ -265,7 +265,7 @@ class MinibatchObjective:
         opened = self._opened
         return Linearisation(
             opened.segmented,
-            opened.exact_store if exact else opened.store,
+            opened.master_store if exact else opened.store,
             [micro.share for micro in batches],
             self._spec.curvature.product,
             cached=cached,

@@ -13,7 +13,7 @@ from distributed_unlearn.curvature.store import SegmentStore
 from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.engine.partitions import build_buffers_exactly, checkpoint_dtype, full_shapes, load_model
 from distributed_unlearn.engine.vectors import ShardedSpace
-from distributed_unlearn.engine.weights import ExactWeights, ShardedWeights
+from distributed_unlearn.engine.weights import MasterWeights, ShardedWeights
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.models.adapters import InsertedAdapter
 from distributed_unlearn.models.base_of_adapter import opened_as
@@ -33,7 +33,7 @@ class OpenedModel:
     layout: FlatLayout
     weights: ShardedWeights
     store: SegmentStore
-    exact_store: SegmentStore
+    master_store: SegmentStore
     """As `store`, at the master's precision: for losses whose differences are smaller than the compute dtype shows."""
     space: ShardedSpace
     communicator: Communicator
@@ -116,7 +116,7 @@ def adopt_model(
         layout=layout,
         weights=weights,
         store=store,
-        exact_store=store if dtype == exact else SegmentStore(layout, communicator, ExactWeights(weights), exact),
+        master_store=store if dtype == exact else SegmentStore(layout, communicator, MasterWeights(weights), exact),
         space=ShardedSpace(layout, communicator),
         communicator=communicator,
         checkpoint_dtype=own_dtype,

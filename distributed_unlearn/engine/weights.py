@@ -84,7 +84,7 @@ class ShardedWeights:
         trainable = self._gather(segment.trainable, self._compute[segment.start : segment.stop], self._dtype)
         return {**trainable, **self._frozen_weights(segment, self._dtype)}
 
-    def exact_segment_weights(self, segment: SegmentLayout) -> dict[str, Tensor]:
+    def master_segment_weights(self, segment: SegmentLayout) -> dict[str, Tensor]:
         """Full weights of a segment at the master's precision. All ranks must call this."""
         trainable = self._gather(segment.trainable, self.master[segment.start : segment.stop], self._master_dtype)
         return {**trainable, **self._frozen_weights(segment, self._master_dtype)}
@@ -150,14 +150,14 @@ class ShardedWeights:
 
 
 @dataclass(frozen=True)
-class ExactWeights:
+class MasterWeights:
     """The weights at the master's precision, as a `WeightSource`."""
 
     weights: ShardedWeights
 
     def segment_weights(self, segment: SegmentLayout) -> dict[str, Tensor]:
         """Full parameters by name within the segment. All ranks must call this."""
-        return self.weights.exact_segment_weights(segment)
+        return self.weights.master_segment_weights(segment)
 
 
 class FormerWeights:

@@ -119,11 +119,6 @@ class Worker:
         """Write a randomly initialised checkpoint; rank 0 only, not collective."""
         return create_checkpoint(family_of(task), model_type, settings, folder, seed)
 
-    def restore_initial(self) -> None:
-        """Set the weights back to what was loaded, bit for bit."""
-        assert self._initial is not None
-        self.opened.weights.set_master(self._initial.to(self.communicator.device))
-
     def set_corpus(self, corpus: Corpus) -> None:
         """Use this corpus from now on; not collective."""
         self._corpus = corpus

@@ -22,9 +22,8 @@ from distributed_unlearn.rounds.opening import Unseen, drawn_retain_records, ope
 from distributed_unlearn.rounds.state import Course, RoundKeeper
 from distributed_unlearn.rounds.verdict import judge
 from distributed_unlearn.solvers.stopping import StoppingRule, TwoSampleRule
-from distributed_unlearn.workers.client import Workers
+from distributed_unlearn.workers.client import RemoteOracle, Workers
 from distributed_unlearn.workers.messages import RoundSpec
-from distributed_unlearn.workers.remote_oracle import RemoteOracle
 
 _NUM_PROBE_RECORDS = 64
 """Retain records whose loss the stopping rule follows; scored only once the forget set matches."""

@@ -13,7 +13,7 @@ from distributed_unlearn.solvers.inner.first_order import AdamWSpec, SgdSpec
 from distributed_unlearn.solvers.methods.curenewton import CureNewton, CureNewtonSettings
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.protocols import StepSpec
-from distributed_unlearn.workers.remote_oracle import RemoteOracle
+from distributed_unlearn.workers.client import RemoteOracle
 from tests.engine.cases import DECAY, RATES, SETTINGS, Plan, Problem, round_spec
 
 TINY_STEPS = dataclasses.replace(SETTINGS, max_krylov_steps=2, cubic_coefficient=1e6, adaptation="factor")
@@ -82,7 +82,7 @@ def frozen_export(worker: Worker, plan: Plan, stage: int, folder: Path) -> dict[
         "master": weights.master.clone(),
         "layout": worker.opened.layout,
         "surviving": surviving,
-        "exact": worker.opened.exact_store.weights(1),
+        "exact": worker.opened.master_store.weights(1),
         "compute": worker.opened.store.weights(1),
     }
 
