@@ -30,9 +30,14 @@ def hash_folder(
     found = {}
     for path in sorted(folder.rglob("*") if below else folder.iterdir()):
         if path.is_file() and path.suffix in suffixes:
-            with path.open("rb") as handle:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(handle, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = hash_file(path)
     return found
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def hash_ids(ids: Iterable[str], salt: str) -> list[str]:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1] / "distributed_unlearn"
 def _answer(name: str) -> object:
     """Something of the type that the call says it returns."""
     kind = get_type_hints(getattr(Workers, name))["return"]
-    plain = {type(None): None, int: 5, float: 1.0, list[bool]: True}
+    plain = {type(None): None, int: 5, float: 1.0, list[bool]: True, list[str]: "a"}
     return plain[kind] if kind in plain else object.__new__(kind)
 
 

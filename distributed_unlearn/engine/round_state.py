@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from distributed_unlearn.engine.minibatch import MemoryPlan
 from distributed_unlearn.engine.oracle import ShardedOracle
 from distributed_unlearn.engine.weights import ShardedWeights
+from distributed_unlearn.provenance import hash_file
 
 
 def _path(folder: Path, rank: int) -> Path:
@@ -22,8 +23,8 @@ def _path(folder: Path, rank: int) -> Path:
 
 def save_round(
     folder: Path, rank: int, weights: ShardedWeights, start: torch.Tensor | None, oracle: ShardedOracle
-) -> None:
-    """Write this rank's file into an existing folder. Not collective.
+) -> str:
+    """Write this rank's file into an existing folder; its SHA-256 as it is read back. Not collective.
 
     Args:
         folder: on storage that all ranks and the driver share.
@@ -39,7 +40,9 @@ def save_round(
         tensors["start"] = start
     numbers = {"numbers": state["numbers"], "memory": None if oracle.memory is None else asdict(oracle.memory)}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, _path(folder, rank), metadata={"state": json.dumps(numbers)})
+    path = _path(folder, rank)
+    save_file(contiguous, path, metadata={"state": json.dumps(numbers)})
+    return hash_file(path)
 
 
 def restore_start(folder: Path, rank: int, weights: ShardedWeights) -> None:

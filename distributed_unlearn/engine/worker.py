@@ -8,7 +8,6 @@ are reached through `oracle_call`.
 import gc
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -144,7 +143,7 @@ class Worker:
         self._oracle = ShardedOracle(self.opened, self._corpus, spec)
         self._round_start = self.opened.weights.master.detach().cpu().clone()
 
-    def oracle_call(self, method: str, *arguments: Any) -> Any:
+    def oracle_call(self, method: str, *arguments: object) -> object:
         """A method of the round's `StepOracle`, by name."""
         assert self._oracle is not None, "no round has begun"
         return getattr(self._oracle, method)(*arguments)
@@ -154,11 +153,11 @@ class Worker:
         assert self._oracle is not None
         return CurvatureMode(self._oracle.cached, self._oracle.cached_bytes / 2**30)
 
-    def save_round(self, folder: str) -> None:
-        """Write this rank's part of the round's state into an existing folder; not collective."""
+    def save_round(self, folder: str) -> str:
+        """Write this rank's part of the round's state into an existing folder; its SHA-256. Not collective."""
         assert self._oracle is not None and self._round_start is not None
         start = self._round_start if self._oracle.round_index else None  # the first round's is in the base checkpoint
-        save_round(Path(folder), self.communicator.rank, self.opened.weights, start, self._oracle)
+        return save_round(Path(folder), self.communicator.rank, self.opened.weights, start, self._oracle)
 
     def restore_round_start(self, folder: str) -> None:
         """Set the weights to those at the start of the saved round."""

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,9 @@ class StateKeeper:
         older = [path for _, _, path in self._saved()]
         folder = self._folder / f"round_{state.round_index + 1}_step_{len(state.steps)}"
         with complete_folder(folder, overwrite=True) as staging:
-            self._workers.save_round(str(staging.resolve()))
-            tree = to_json(state)
-            assert isinstance(tree, dict)
-            files = hash_folder(staging, (".safetensors",))
-            write_json(staging / "state.json", {**tree, "format": STATE_FORMAT, "files": files})
+            hashes = self._workers.save_round(str(staging.resolve()))
+            files = {f"rank_{rank}.safetensors": found for rank, found in enumerate(hashes)}
+            write_json(staging / "state.json", to_json(replace(state, files=files)))
         for path in older:
             if path != folder:
                 shutil.rmtree(path, ignore_errors=True)

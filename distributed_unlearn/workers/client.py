@@ -88,9 +88,9 @@ class Workers:
         """Start a round from the current weights."""
         self._group.call_all("begin_round", spec)
 
-    def save_round(self, folder: str) -> None:
-        """Write the round's weights and what its method remembers into an existing folder, a file a rank."""
-        self._group.call_all("save_round", folder)
+    def save_round(self, folder: str) -> list[str]:
+        """Write the round's weights and what its method remembers into `folder`; SHA-256 of every rank's file."""
+        return [str(found) for found in self._group.call_all("save_round", folder)]
 
     def restore_round_start(self, folder: str) -> None:
         """Set the weights to those at the start of a saved round."""
