@@ -82,6 +82,8 @@ def run_demo(settings: DemoSettings, cluster: ClusterConfig, folder: Path, overw
             compared = _compare(DemoJobs(settings, cluster, folder), console, group)
         _write(settings, cluster, folder, compared, versions, time.monotonic() - started)
     console.print(comparison_table(compared.rows, console.width))
+    for sentence in () if compared.cubic.verdict is None else compared.cubic.verdict.sentences:
+        console.print(sentence, markup=False, highlight=False)
     console.print(f"The cubic steps ended because {compared.round.stop_reason}.", markup=False, highlight=False)
     console.print(f"written: {folder / 'summary.json'}, {folder / 'report.html'}", markup=False, highlight=False)
 

@@ -89,7 +89,8 @@ def draw_memorisation(rows: Sequence[MethodRow]) -> Figure:
             edgecolor="white",
             linewidth=0.5,
         )
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        for text in axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2):
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.85})  # over dashed lines
     retrained = find_retrained(rows)
     if retrained is not None:
         for name in SETS:

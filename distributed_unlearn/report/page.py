@@ -44,6 +44,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 tbody th { font-weight: 600; }
 th:first-child, td.text, th.text { text-align: left; white-space: normal; }
+td.text { min-width: 9rem; }
 thead th { background: var(--soft); white-space: normal; vertical-align: bottom; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.5rem;
             margin-top: 1.2rem; }
@@ -62,6 +63,7 @@ summary { cursor: pointer; margin: 0.8rem 0; }
   tr { border-bottom: 1px solid var(--line); padding: 0.5rem 0; }
   td, tbody th { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: 0.1rem 0; }
   td { white-space: normal; }
+  td:empty { display: none; }
   td::before { content: attr(data-label); font-weight: 400; opacity: 0.85; text-align: left; }
 }
 """
@@ -88,7 +90,12 @@ _TEXT = ' class="text"'
 
 
 def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table that turns into one card a row where the screen is narrow; the first cell is the row's heading."""
+    """A table that turns into one card a row where the screen is narrow; the first cell is the row's heading.
+
+    Columns without any text are left out.
+    """
+    kept = [column for column in range(len(header)) if column == 0 or any(cells[column] for cells in body)]
+    header, body = [header[column] for column in kept], [[cells[column] for column in kept] for cells in body]
     texts = ("note", "result")
     head = "".join(f'<th scope="col"{_TEXT if name in texts else ""}>{html.escape(name)}</th>' for name in header)
     lines = []

@@ -98,7 +98,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(round_number, method, tiny: Ti
 @pytest.fixture(scope="module")
 def killed(tiny: TinyJob, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    _kill(tiny, folder / "cut", 1, 3, *COMMON, "save.state_every_steps=1")
+    _kill(tiny, folder / "cut", 1, 3, *COMMON, "save.state_every_seconds=1e-9")
     assert _state(folder / "cut") == ["round_1_step_2"]
     return folder / "cut"
 
