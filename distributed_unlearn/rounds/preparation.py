@@ -15,6 +15,7 @@ from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.rounds.events import RunEvents
 from distributed_unlearn.rounds.folder import output_folder
 from distributed_unlearn.rounds.origin import Origin, find_origin
+from distributed_unlearn.rounds.state import FoundState, find_state, has_state, job_hash
 from distributed_unlearn.workers.client import Workers
 
 
@@ -26,6 +27,10 @@ class PreparedRun:
     data: PreparedData
     origin: Origin
     folder: Path
+    job_sha256: str
+    """See `job_hash`."""
+    found: FoundState | None
+    """Where an interrupted run of this job was, if the job asks to go on from there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +62,29 @@ def prepare(job: JobConfig) -> PreparedData:
 
 
 def prepare_run(job: JobConfig, folder: Path, events: RunEvents) -> PreparedRun:
-    """`prepare`, and what a result is made from; `folder` is claimed.
+    """`prepare`, what a result is made from, and a state to go on from; `folder` is claimed.
 
     Raises:
-        ConfigError, DataError, ModelError: see `prepare`.
+        ConfigError, DataError, ModelError: see `prepare` and `find_state`.
     """
     data = prepare(job)
     events.prepared(job, data)
-    return PreparedRun(job, data, find_origin(job.model, data.commit), folder)
+    origin = find_origin(job.model, data.commit)
+    job_sha256 = job_hash(job, data, origin)
+    return PreparedRun(job, data, origin, folder, job_sha256, _find_state(job, folder, job_sha256, events))
+
+
+def _find_state(job: JobConfig, folder: Path, job_sha256: str, events: RunEvents) -> FoundState | None:
+    if not job.resume:
+        if job.train is None and has_state(folder):
+            events.note("an interrupted run left its state here; resume=true would go on from it")
+        return None
+    found = find_state(folder, job_sha256, job.cluster.num_workers)
+    if found is None:
+        events.note("resume: there is no state of an interrupted run, so this one starts at its first step")
+    else:
+        events.note(f"resume: going on after step {len(found.state.steps)} of round {found.state.round_index + 1}")
+    return found
 
 
 def training_records(job: JobConfig, data: PreparedData) -> np.ndarray:

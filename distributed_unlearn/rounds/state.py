@@ -7,6 +7,7 @@ goes. So a kill at any instant leaves one that is whole, or none.
 import hashlib
 import json
 import math
+import re
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from distributed_unlearn.rounds.origin import Origin, redacted_config
 from distributed_unlearn.workers.client import Workers
 
 STATE_FOLDER = "state"
+_NAME = re.compile(r"round_(\d+)_step_(\d+)")
 _CLUSTER_KEYS = ("backend", "num_workers", "zero_stage", "use_gpu", "cpus_per_worker")
 """Of `cluster`, what can change a bit of the result; addresses and time limits may differ when a run goes on."""
 _FREE_KEYS = ("output", "overwrite", "resume", "save", "cluster")
@@ -63,58 +65,55 @@ class FoundState:
     state: RoundState
 
 
+def _saved(output: Path) -> list[tuple[int, int, Path]]:
+    """Every complete state in an output folder as (round, steps, path), the newest last."""
+    named = [(_NAME.fullmatch(path.name), path) for path in (output / STATE_FOLDER).glob("*")]
+    return sorted((int(match[1]), int(match[2]), path) for match, path in named if match is not None)
+
+
+def has_state(output: Path) -> bool:
+    """Whether there is a state in the folder, of this job or another."""
+    return bool(_saved(output))
+
+
+def find_state(output: Path, job_sha256: str, world_size: int) -> FoundState | None:
+    """The newest state in an output folder, if there is one; checked to be whole and of this job.
+
+    Raises:
+        ConfigError: a state of another job or another number of workers.
+        DataError: a state that is damaged.
+    """
+    saved = _saved(output)
+    if not saved:
+        return None
+    folder = saved[-1][2]
+    state = read_state(folder / "state.json")
+    if state.job_sha256 != job_sha256 or state.world_size != world_size:
+        raise ConfigError(
+            f"resume: true and a state in '{folder}' of another job, base checkpoint, data or number of workers",
+            "the job as it was; only output, overwrite, save and the cluster's address and time limits may differ",
+            "take the changes back, or set resume to false to start over",
+        )
+    if hash_folder(folder, (".safetensors",)) != state.files:
+        raise DataError(
+            f"a state in '{folder}' whose files are not those that were written",
+            "the files as they were",
+            "put them back, or set resume to false to start over",
+        )
+    return FoundState(folder, state)
+
+
 class StateKeeper:
-    """Saves and finds the state of one run."""
+    """Saves the state of one run."""
 
     def __init__(self, output: Path, config: SaveConfig, job_sha256: str, workers: Workers) -> None:
-        self._folder, self._config, self.job_sha256, self._workers = output / STATE_FOLDER, config, job_sha256, workers
+        self._output, self._config, self.job_sha256, self._workers = output, config, job_sha256, workers
         self._last_saved = time.monotonic()
 
     @property
     def world_size(self) -> int:
         """Number of ranks, of which each has a file."""
         return self._workers.world_size
-
-    def _saved(self) -> list[tuple[int, int, Path]]:
-        """Every complete state in the folder as (round, steps, path), the newest last."""
-        found = []
-        for path in self._folder.glob("round_*_step_*"):
-            _, index, _, steps = path.name.split("_")
-            if index.isdigit() and steps.isdigit():
-                found.append((int(index), int(steps), path))
-        return sorted(found)
-
-    @property
-    def has_any(self) -> bool:
-        """Whether there is a state, of this job or another."""
-        return bool(self._saved())
-
-    def find(self) -> FoundState | None:
-        """The newest state, if there is one; checked to be whole and of this job.
-
-        Raises:
-            ConfigError: a state of another job or another number of workers.
-            DataError: a state that is damaged.
-        """
-        saved = self._saved()
-        if not saved:
-            return None
-        folder = saved[-1][2]
-        state = read_state(folder / "state.json")
-        if state.job_sha256 != self.job_sha256 or state.world_size != self._workers.world_size:
-            what = "job, base checkpoint or data" if state.job_sha256 != self.job_sha256 else "number of workers"
-            raise ConfigError(
-                f"resume: true and a state in '{folder}' of another {what}",
-                "the job as it was; only output, overwrite, save and the cluster's address and time limits may differ",
-                "take the changes back, or set resume to false to start over",
-            )
-        if hash_folder(folder, (".safetensors",)) != state.files:
-            raise DataError(
-                f"a state in '{folder}' whose files are not those that were written",
-                "the files as they were",
-                "put them back, or set resume to false to start over",
-            )
-        return FoundState(folder, state)
 
     def is_due(self, num_steps: int) -> bool:
         """Whether to save after this many steps of the round."""
@@ -125,8 +124,8 @@ class StateKeeper:
 
     def save(self, state: RoundState) -> None:
         """Write a state; the one before it goes when this one is complete. `state.files` is filled in here."""
-        older = [path for _, _, path in self._saved()]
-        folder = self._folder / f"round_{state.round_index + 1}_step_{len(state.steps)}"
+        older = [path for _, _, path in _saved(self._output)]
+        folder = self._output / STATE_FOLDER / f"round_{state.round_index + 1}_step_{len(state.steps)}"
         with complete_folder(folder, overwrite=True) as staging:
             hashes = self._workers.save_round(str(staging.resolve()))
             files = {f"rank_{rank}.safetensors": found for rank, found in enumerate(hashes)}

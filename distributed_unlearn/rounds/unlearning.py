@@ -20,7 +20,7 @@ from distributed_unlearn.rounds.origin import model_to_open
 from distributed_unlearn.rounds.preparation import Session
 from distributed_unlearn.rounds.result import begin_record, card_lines, result_mark, result_papers, write_record
 from distributed_unlearn.rounds.round import RoundTask, run_round, score_start
-from distributed_unlearn.rounds.state import FoundState, RoundKeeper, StateKeeper, forget_state, job_hash
+from distributed_unlearn.rounds.state import RoundKeeper, StateKeeper, forget_state
 from distributed_unlearn.workers.evidence import PredictionEvidence
 
 _COMPARED = ("forget", "retain", "holdout")
@@ -114,8 +114,8 @@ def _run_rounds(
     session: Session, reference: dict[str, SetScores] | None, base: PredictionEvidence | None
 ) -> list[RoundRecord]:
     job, data = session.run.job, session.run.data
-    keeper = StateKeeper(session.run.folder, job.save, job_hash(job, data, session.run.origin), session.workers)
-    found = _find_state(session, keeper)
+    keeper = StateKeeper(session.run.folder, job.save, session.run.job_sha256, session.workers)
+    found = session.run.found
     rounds = [] if found is None else list(found.state.rounds)
     tasks = [_task(session, index) for index in range(len(data.partition.forget_rounds))]
     with session.events.stage("scoring all sets at the start of the job"):
@@ -132,21 +132,6 @@ def _run_rounds(
         _tell(session, record)
         rounds.append(record)
     return rounds
-
-
-def _find_state(session: Session, keeper: StateKeeper) -> FoundState | None:
-    """The state to go on from, where the job asks for it."""
-    if not session.run.job.resume:
-        if keeper.has_any:
-            session.events.note("an interrupted run left its state here; resume=true would go on from it")
-        return None
-    found = keeper.find()
-    if found is None:
-        session.events.note("resume: there is no state of an interrupted run, so this one starts at its first step")
-        return None
-    state = found.state
-    session.events.note(f"resume: going on after step {len(state.steps)} of round {state.round_index + 1}")
-    return found
 
 
 def _tell(session: Session, record: RoundRecord) -> None:

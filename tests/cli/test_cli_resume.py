@@ -114,10 +114,10 @@ def test_what_does_not_fit_is_refused_and_the_state_stays(cut: Path, tiny: TinyJ
         return tiny.run(cut, *COMMON, "resume=true", *overrides)
 
     changed = (
-        ("solver.cubic_coefficient=7", "of another job"),
-        ("solver.max_steps=9", "of another job"),
-        (f"rounds={ROUNDS.removeprefix('rounds=').replace('0001-00', '0001-01')}", "of another job"),
-        ("cluster.zero_stage=2", "of another job"),
+        ("solver.cubic_coefficient=7", "of another job, base"),
+        ("solver.max_steps=9", "of another job, base"),
+        (f"rounds={ROUNDS.removeprefix('rounds=').replace('0001-00', '0001-01')}", "of another job, base"),
+        ("cluster.zero_stage=2", "of another job, base"),
     )
     for override, text in changed:
         assert_refused(call(capsys, resume(override)), 3, "configuration", text, "take the changes back")
