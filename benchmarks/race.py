@@ -54,9 +54,11 @@ from distributed_unlearn.provenance import package_versions  # noqa: E402
 from distributed_unlearn.rounds.evaluate import evidence  # noqa: E402
 from distributed_unlearn.rounds.methods import build_solver  # noqa: E402
 from distributed_unlearn.rounds.opening import Unseen, drawn_retain_records, opening_constants  # noqa: E402
-from distributed_unlearn.workers.client import Workers  # noqa: E402
+from distributed_unlearn.workers.client import (
+    RemoteOracle,  # noqa: E402
+    Workers,  # noqa: E402
+)
 from distributed_unlearn.workers.messages import RoundSpec  # noqa: E402
-from distributed_unlearn.workers.remote_oracle import RemoteOracle  # noqa: E402
 
 MOST_STEPS = 400
 
