@@ -185,7 +185,7 @@ def test_an_overwritten_demo_loses_its_summary_before_its_checkpoints(tmp_path, 
     def crash(*arguments: object) -> None:
         raise RuntimeError("a crash")
 
-    monkeypatch.setattr(run, "_create_initial", crash)
+    monkeypatch.setattr(run, "create_initial", crash)
     local = {"backend": "in_process", "num_workers": 1, "use_gpu": "never"}
     monkeypatch.setattr("distributed_unlearn.cli._cluster", lambda *given: run.ClusterConfig(**local))
     with pytest.raises(RuntimeError, match="a crash"):

