@@ -1,7 +1,7 @@
 """One pass of the service: mend what a crash left, take the pending requests, run a round, commit it or roll it back.
 
-What must survive is in the ledger, and every step below can be the last: whatever was not committed is rolled back by
-the next pass, what was committed but not published is published, what was answered but not certified is certified.
+What must survive is in the ledger, and every step below can be the last: whatever was not committed is gone on with by
+the next pass or rolled back, what was committed but not published is published, what was answered is certified.
 """
 
 import logging
@@ -15,9 +15,10 @@ from sqlalchemy import update
 
 from distributed_unlearn.config import JobConfig, SelectionConfig, load_job
 from distributed_unlearn.config.service import ServiceConfig
-from distributed_unlearn.errors import ConfigError, DataError, UserError
+from distributed_unlearn.errors import ConfigError, DataError, ResourceError, UserError, WorkerError
 from distributed_unlearn.provenance import hash_folder
 from distributed_unlearn.records import RunRecord
+from distributed_unlearn.rounds.state import STATE_FOLDER
 from distributed_unlearn.service.answers import issue_certificates
 from distributed_unlearn.service.fault_points import fault_points
 from distributed_unlearn.service.gates import failed_gates, retain_loss_rise
@@ -27,7 +28,7 @@ from distributed_unlearn.service.ledger import Ledger
 from distributed_unlearn.service.publication import publish
 from distributed_unlearn.service.requests import ErasureRequest, list_requests
 from distributed_unlearn.service.resolution import Resolution, held_out, read_identities, resolve
-from distributed_unlearn.service.retention import STATES_FOLDER, purge, sweep
+from distributed_unlearn.service.retention import purge, state_folder, sweep
 from distributed_unlearn.service.rounds_book import (
     RoundEntry,
     StateFiles,
@@ -37,6 +38,7 @@ from distributed_unlearn.service.rounds_book import (
     drift,
     erased_in_rounds,
     open_round,
+    resume_round,
     roll_back,
     schedule_ripe,
     start_round,
@@ -72,7 +74,7 @@ class Pass:
     """What one pass did."""
 
     interrupted: int | None
-    """The round that was open when it began: its driver had died, and it was rolled back."""
+    """The round that was open when it began and was rolled back: its driver had died and left no state."""
     denied: tuple[int, ...]
     round: RoundEntry | None
     """The round that was run; None where nothing was pending."""
@@ -113,14 +115,14 @@ def run_pass(service: Service, execute: Execute) -> Pass:
         UserError: the round could not be run; it was rolled back.
     """
     ledger, lease, root = service.ledger, service.held.lease, service.root
-    interrupted = recover(service)
+    interrupted, resumed = recover(service)
     schedule_ripe(ledger, lease)
     warn_of_due(service)
-    pending = list_requests(ledger, [RequestState.SCHEDULED])
+    pending = list_requests(ledger, [RequestState.SCHEDULED if resumed is None else RequestState.IN_ROUND])
     found = _resolve(service, pending) if pending else Resolution()
-    if found.denied or found.already:
+    if resumed is None and (found.denied or found.already):
         deny(ledger, lease, found.denied, found.already)
-    entry, failed = (None, []) if not found.erase else _run_round(service, found, execute)
+    entry, failed = (None, []) if not found.erase else _run_round(service, found, execute, resumed)
     publish(ledger, lease, root)
     certificates = issue_certificates(ledger, lease, root, service.signer)
     purged = purge(ledger, lease, service.config.retention, root)
@@ -140,18 +142,25 @@ def run_pass(service: Service, execute: Execute) -> Pass:
     )
 
 
-def recover(service: Service) -> int | None:
-    """Roll back the round of a driver that died, publish what was committed, remove what nothing knows.
+def recover(service: Service) -> tuple[int | None, RoundEntry | None]:
+    """Take up the round of a driver that died, or roll it back; publish what was committed, remove what nothing knows.
 
     Returns:
-        The number of the round that was rolled back.
+        The number of the round that was rolled back; the open round to go on with.
     """
-    left = open_round(service.ledger)
-    if left is not None:
-        roll_back(service.ledger, service.held.lease, left.number, Reason.INTERRUPTED, "its driver ended before it did")
-    publish(service.ledger, service.held.lease, service.root)
-    sweep(service.ledger, service.held.lease, service.root)
-    return None if left is None else left.number
+    ledger, lease, left = service.ledger, service.held.lease, open_round(service.ledger)
+    resumed = left is not None and _has_state(service, left.number) and resume_round(ledger, lease, left.number)
+    if left is not None and not resumed:
+        roll_back(ledger, lease, left.number, Reason.INTERRUPTED, "its driver ended before it did")
+    publish(ledger, lease, service.root)
+    sweep(ledger, lease, service.root)
+    return (None, left) if resumed else (None if left is None else left.number, None)
+
+
+def _has_state(service: Service, number: int) -> bool:
+    """Whether the round's folder holds a state from which a run can go on, and no result yet."""
+    folder = service.root / state_folder(number)
+    return not (folder / "checkpoint").exists() and any(folder.glob(f"{STATE_FOLDER}/round_*_step_*"))
 
 
 def warn_of_due(service: Service) -> list[ErasureRequest]:
@@ -179,7 +188,7 @@ def _resolve(service: Service, pending: Sequence[ErasureRequest]) -> Resolution:
     return resolve(pending, identities, never, erased_in_rounds(service.ledger), service.ledger.salt())
 
 
-def round_job(service: Service, number: int, record_ids: Sequence[str]) -> JobConfig:
+def round_job(service: Service, number: int, record_ids: Sequence[str], resume: bool = False) -> JobConfig:
     """The job of a round: from the current state, or the first model, into a folder of its own, in float32."""
     current = current_round(service.ledger)
     model = service.job.model
@@ -192,17 +201,20 @@ def round_job(service: Service, number: int, record_ids: Sequence[str]) -> JobCo
             "model": model,
             "forget": SelectionConfig(record_ids=tuple(record_ids)),
             "save": service.job.save.model_copy(update={"dtype": "float32"}),
-            "output": str(service.root / STATES_FOLDER / f"round-{number:04d}"),
+            "output": str(service.root / state_folder(number)),
             "overwrite": False,
+            "resume": resume,
         }
     )
 
 
-def _run_round(service: Service, found: Resolution, execute: Execute) -> tuple[RoundEntry, list[str]]:
+def _run_round(
+    service: Service, found: Resolution, execute: Execute, resumed: RoundEntry | None
+) -> tuple[RoundEntry, list[str]]:
     ledger, lease = service.ledger, service.held.lease
-    entry = start_round(ledger, lease, sorted(found.erase))
+    entry = start_round(ledger, lease, sorted(found.erase)) if resumed is None else resumed
     try:
-        job = round_job(service, entry.number, found.record_ids)
+        job = round_job(service, entry.number, found.record_ids, resume=resumed is not None)
         with fault_points():
             record = execute(job)
         service.held.require()
@@ -210,6 +222,10 @@ def _run_round(service: Service, found: Resolution, execute: Execute) -> tuple[R
         if not failed:
             state = _state_files(service, entry.number, record)
             return commit_round(ledger, lease, entry.number, state, found.erase), []
+    except (SystemExit, KeyboardInterrupt, WorkerError, ResourceError):
+        if not _has_state(service, entry.number):
+            _give_up(service, entry.number, Reason.INTERRUPTED, "the round was interrupted")
+        raise  # with a state it stays open: the next pass goes on from there
     except BaseException as error:
         # Without the error's text, which may hold ids; whoever started the pass is told.
         kind = error.kind if isinstance(error, UserError) else type(error).__name__
@@ -227,7 +243,7 @@ def _give_up(service: Service, number: int, reason: Reason, text: str) -> None:
 
 
 def _state_files(service: Service, number: int, record: RunRecord) -> StateFiles:
-    folder = f"{STATES_FOLDER}/round-{number:04d}"
+    folder = state_folder(number)
     path = service.root / folder
     files = hash_folder(path)
     if "record.json" not in files or not any(name.startswith("checkpoint/") for name in files):

@@ -44,6 +44,7 @@ class Replay:
             "request_overdue": self._ignore,
             "tick_taken": self._tick_taken,
             "round_started": self._round_started,
+            "round_resumed": self._round_resumed,
             "round_committed": self._round_committed,
             "round_rolled_back": self._round_rolled_back,
             "certificate_issued": self._certificate_issued,
@@ -96,6 +97,10 @@ class Replay:
             "records_sha256": None,
         }
         self._open = number
+
+    def _round_resumed(self, body: dict[str, Any]) -> None:
+        _require(body["round"] == self._open, f"round {body['round']} is not open")
+        _require(body["token"] == self._token, f"under lease {body['token']}, while {self._token} was held")
 
     def _end(self, number: int, state: str) -> dict[str, Any]:
         _require(number == self._open, f"round {number} is not open")

@@ -82,8 +82,13 @@ def _purge_states(writing: Writing, policy: RetentionConfig) -> tuple[int, ...]:
     return tuple(purged)
 
 
+def state_folder(number: int) -> str:
+    """Where the round of this number writes, below the service's folder."""
+    return f"{STATES_FOLDER}/round-{number:04d}"
+
+
 def sweep(ledger: Ledger, lease: Lease, root: Path) -> list[str]:
-    """Remove every folder of states that the ledger does not know; returns their names. No round may be open.
+    """Remove every folder of states that is neither kept nor the open round's; returns their names.
 
     Raises:
         LeaseError: another scheduler has taken over; nothing was removed. The folders are renamed in the transaction
@@ -92,6 +97,8 @@ def sweep(ledger: Ledger, lease: Lease, root: Path) -> list[str]:
     with ledger.write(lease) as writing:
         query = select(ROUNDS.c.folder).where(ROUNDS.c.folder.is_not(None))
         known = set(writing.connection.execute(query).scalars())
+        running = select(ROUNDS.c.id).where(ROUNDS.c.state == RoundState.STARTED.value)
+        known.update(state_folder(number) for number in writing.connection.execute(running).scalars())
         unknown = [path for path in _folders(root, _STATE) if f"{STATES_FOLDER}/{path.name}" not in known]
         for path in unknown:
             path.rename(path.with_name(f".removed-{path.name}-{secrets.token_hex(4)}"))

@@ -114,6 +114,22 @@ def start_round(ledger: Ledger, lease: Lease, requests: Sequence[int]) -> RoundE
         return _entry(_round_row(writing.connection, number))
 
 
+MAX_RESUMPTIONS = 5
+"""Times that a round is gone on with: what fails again and again at the same step must not fail for ever."""
+
+
+def resume_round(ledger: Ledger, lease: Lease, number: int) -> bool:
+    """Note that the open round is gone on with; False where that has been tried `MAX_RESUMPTIONS` times."""
+    with ledger.write(lease) as writing:
+        _require_open(writing, number)
+        query = select(AUDIT.c.body).where(AUDIT.c.event == "round_resumed")
+        bodies = [json.loads(body) for body in writing.connection.execute(query).scalars()]
+        if sum(body["round"] == number for body in bodies) >= MAX_RESUMPTIONS:
+            return False
+        writing.append("round_resumed", {"round": number, "token": lease.token})
+        return True
+
+
 def commit_round(
     ledger: Ledger, lease: Lease, number: int, state: StateFiles, erased: Mapping[int, Sequence[str]]
 ) -> RoundEntry:

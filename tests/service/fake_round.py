@@ -20,6 +20,7 @@ from distributed_unlearn.records import (
     to_json,
 )
 from distributed_unlearn.records.verdict import ForgetVerdict, MeasureEvidence, RetainVerdict
+from distributed_unlearn.rounds.state import STATE_FOLDER
 from distributed_unlearn.service.driver import Service, run_pass
 from distributed_unlearn.service.keys import generate_key
 from distributed_unlearn.service.opening import opened
@@ -80,6 +81,12 @@ def rising(retain_loss: float) -> RunRecord:
 def not_forgotten(outcome: str = "not forgotten", earlier: str | None = None) -> RunRecord:
     sets = () if earlier is None else (_forget("erased_before_1", earlier),)
     return make_record(verdict=Verdict(_forget("forget", outcome), RetainVerdict("kept", 9, 0.0, 0.0), sets))
+
+
+def interrupted_after_a_state(job: JobConfig) -> RunRecord:
+    """A round that saves its state and is then told to end."""
+    (Path(job.output) / STATE_FOLDER / "round_0_step_1").mkdir(parents=True, exist_ok=True)
+    raise SystemExit(143)
 
 
 class FakeRounds:

@@ -126,6 +126,11 @@ class _Receiver(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/elsewhere")
         self.end_headers()
 
+    def do_GET(self):
+        self.server.seen.append(("a redirection was followed", b""))
+        self.send_response(200)
+        self.end_headers()
+
     def log_message(self, *arguments):
         pass
 

@@ -40,6 +40,7 @@ DAMAGING = json.dumps(
 def _service(folder: Path, tiny, **settings: object) -> Path:
     job = yaml.safe_load(tiny.job.read_text())
     del job["forget"]
+    job["save"] = {"state_every_steps": 1}
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     tree = {"folder": str(folder / "service"), "job": str(folder / "job.yaml"), "key": str(folder / "operator.key")}
     path = folder / "service.yaml"

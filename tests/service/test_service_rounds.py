@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from distributed_unlearn.config.service import GatesConfig, RetentionConfig, load_service
-from distributed_unlearn.errors import ConfigError, LeaseError, WorkerError
+from distributed_unlearn.errors import ConfigError, LeaseError, NumericalError, WorkerError
 from distributed_unlearn.service.certificate import verify_certificate
 from distributed_unlearn.service.fault_points import VARIABLE
 from distributed_unlearn.service.gates import failed_gates
@@ -19,12 +19,20 @@ from distributed_unlearn.service.keys import load_public_key
 from distributed_unlearn.service.ledger import open_ledger
 from distributed_unlearn.service.opening import opened
 from distributed_unlearn.service.requests import NewRequest, add_request, get_request, list_requests
-from distributed_unlearn.service.rounds_book import RoundState, erased_in_rounds, list_rounds
+from distributed_unlearn.service.rounds_book import MAX_RESUMPTIONS, RoundState, erased_in_rounds, list_rounds
 from distributed_unlearn.service.states import Reason, RequestState
 from distributed_unlearn.service.tables import AUDIT, ERASED
 from distributed_unlearn.service.verification import verify_ledger
 from tests.cli.command_line import assert_refused, call, succeed
-from tests.service.fake_round import FakeRounds, make_record, make_service, not_forgotten, one_pass, rising
+from tests.service.fake_round import (
+    FakeRounds,
+    interrupted_after_a_state,
+    make_record,
+    make_service,
+    not_forgotten,
+    one_pass,
+    rising,
+)
 
 
 @pytest.fixture
@@ -161,11 +169,58 @@ def test_a_round_that_ends_with_an_error_is_rolled_back_without_its_text(path):
     with pytest.raises(WorkerError):
         one_pass(path, broken)
     entry = list_rounds(_ledger(path))[0]
-    assert entry.state == RoundState.ROLLED_BACK and entry.reason == "the round ended with an error (worker)"
+    assert entry.state == RoundState.ROLLED_BACK and entry.reason == "the round was interrupted"
     with pytest.raises(SystemExit):
         one_pass(path, lambda job: sys.exit(143))
     assert [entry.state for entry in list_rounds(_ledger(path))] == [RoundState.ROLLED_BACK] * 2
     assert one_pass(path, FakeRounds()).round.number == 3
+
+
+def test_what_a_failed_round_wrote_is_removed_at_once(path, tmp_path):
+    _ask(path, record_ids=("r0",))
+
+    def broken(job):
+        FakeRounds()(job)
+        raise NumericalError("x", "y", "z")
+
+    with pytest.raises(NumericalError):
+        one_pass(path, broken)
+    assert list((tmp_path / "service" / "states").iterdir()) == []
+
+
+def test_what_was_committed_is_published_before_the_next_round_begins(path, tmp_path):
+    _ask(path, record_ids=("r0",))
+    one_pass(path, FakeRounds())
+    (tmp_path / "service" / "current").unlink()  # as a kill between commit and publication leaves it
+    _ask(path, record_ids=("r1",))
+    with pytest.raises(SystemExit):
+        one_pass(path, lambda job: sys.exit(143))
+    assert os.readlink(tmp_path / "service" / "current") == "states/round-0001/checkpoint"
+
+
+def test_a_round_with_a_state_is_gone_on_with(path):
+    first = _ask(path, record_ids=("r0",))
+    with pytest.raises(SystemExit):
+        one_pass(path, interrupted_after_a_state)
+    assert get_request(_ledger(path), first).state == RequestState.IN_ROUND
+    second, rounds = _ask(path, record_ids=("r1",)), FakeRounds()
+    found = one_pass(path, rounds)
+    assert rounds.jobs[0].resume and rounds.jobs[0].forget.record_ids == ("r0",)
+    assert found.round.number == 1 and found.interrupted is None and found.certificates == (first,)
+    assert get_request(_ledger(path), second).state == RequestState.SCHEDULED, "it waits for the next round"
+    assert one_pass(path, rounds).round.number == 2 and not rounds.jobs[1].resume
+    _verified(path)
+
+
+def test_a_round_that_is_interrupted_for_ever_is_rolled_back(path):
+    _ask(path, record_ids=("r0",))
+    for _ in range(1 + MAX_RESUMPTIONS):
+        with pytest.raises(SystemExit):
+            one_pass(path, interrupted_after_a_state)
+        assert list_rounds(_ledger(path))[-1].state == RoundState.STARTED
+    found = one_pass(path, FakeRounds())
+    assert found.interrupted == 1 and found.round.number == 2
+    _verified(path)
 
 
 def test_old_states_go_and_the_current_one_stays(tmp_path):
