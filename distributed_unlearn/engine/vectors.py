@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from distributed_unlearn.curvature.layout import FlatLayout, SegmentLayout, Slot, shard_of, unpack
+from distributed_unlearn.curvature.layout import FlatLayout, SegmentLayout, shard_of, unpack
 from distributed_unlearn.curvature.store import Collectives
 
 
@@ -59,18 +59,14 @@ class ShardedSpace:
         result, position = torch.zeros_like(like), 0
         for segment in self._layout.segments:
             for slot in segment.trainable:
-                part = shard_of(shared[position : position + slot.numel], slot, self._collectives.rank, like.dtype)
+                full = shared[position : position + slot.numel].view(slot.shape)
                 if slot.frozen_row is not None:
-                    part = self._without_frozen_row(shared, slot, position, like.dtype)
+                    full[slot.frozen_row] = 0
+                part = shard_of(full, slot, self._collectives.rank, like.dtype)
                 begin = segment.start + slot.offset
                 result[begin : begin + slot.shard_numel] = part
                 position += slot.numel
         return result
-
-    def _without_frozen_row(self, shared: torch.Tensor, slot: Slot, position: int, dtype: torch.dtype) -> torch.Tensor:
-        full = shared[position : position + slot.numel].clone().view(slot.shape)
-        full[slot.frozen_row] = 0
-        return shard_of(full, slot, self._collectives.rank, dtype)
 
     def broadcast(self, values: Sequence[float], count: int) -> list[float]:
         """See `VectorSpace.broadcast`. All ranks must call this."""

@@ -1,5 +1,6 @@
 """Subspace steps and the metric against dense truths: restricted minimisers, transformed coordinates, memory."""
 
+import dataclasses
 import math
 
 import pytest
@@ -120,6 +121,15 @@ def test_directions_that_the_others_contain_are_left_out() -> None:
     assert len(shard.advance()) == 3  # a slope, and one column entry for each of two directions
     shard.advance()
     assert shard.candidate(1.0, 0.0).norm().item() == pytest.approx(1.0)
+
+
+def test_a_part_that_is_only_rounding_is_left_out() -> None:
+    """At a round's start the retain term of token_matched is stationary: its gradient is float32's rounding."""
+    gradient, noise = random_vector(1), 1e-7 * random_vector(2)
+    parts = dataclasses.replace(problem(gradient + noise, lambda v: v), parts=(gradient, noise))
+    assert len(SubspaceShard(parts, num_steps=0).advance()) == 2
+    both = dataclasses.replace(parts, parts=(gradient, 1e4 * noise))
+    assert len(SubspaceShard(both, num_steps=0).advance()) == 3
 
 
 def test_rejected_steps_are_not_remembered() -> None:

@@ -17,7 +17,7 @@ from distributed_unlearn.solvers.problem import Memory, StepProblem
 from distributed_unlearn.solvers.protocols import StepOracle, StepStart, Trial
 from distributed_unlearn.solvers.solution import Result
 
-_DEPENDENT = 1e-6  # of a direction's length: less than this left after orthogonalisation is rounding in float32
+_DEPENDENT = 1e-5  # of a direction's length: less than this left after orthogonalisation is rounding in float32
 
 
 def _step_name(age: int) -> str:
@@ -47,14 +47,16 @@ class SubspaceShard:
 
     def _build(self) -> None:
         problem = self._problem
-        steps = _remembered(problem.memory, self._num_steps)
-        for direction in [*(problem.parts or (problem.gradient,)), *(problem.from_weights(step) for step in steps)]:
-            self._add(direction)
+        gradient_norm = problem.space.dots([problem.gradient], problem.gradient)[0] ** 0.5
+        for part in problem.parts or (problem.gradient,):
+            self._add(part, gradient_norm)  # a part that is rounding beside the other is no direction
+        for step in _remembered(problem.memory, self._num_steps):
+            self._add(problem.from_weights(step), 0.0)
 
-    def _add(self, direction: torch.Tensor) -> None:
-        """Gram-Schmidt, twice (Giraud, Langou, Rozloznik 2005); two reductions."""
+    def _add(self, direction: torch.Tensor, least_length: float) -> None:
+        """Gram-Schmidt, twice (Giraud, Langou, Rozloznik 2005); two to four reductions."""
         space, remaining = self._problem.space, direction.clone()
-        length = space.dots([direction], direction)[0] ** 0.5
+        length = max(space.dots([direction], direction)[0] ** 0.5, least_length)
         for _ in range(2 if self._basis else 0):
             for q, coefficient in zip(self._basis, space.dots(self._basis, remaining), strict=True):
                 remaining.add_(q, alpha=-coefficient)
