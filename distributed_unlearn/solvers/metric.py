@@ -19,18 +19,19 @@ import torch
 from distributed_unlearn.solvers.problem import Memory
 from distributed_unlearn.solvers.space import VectorSpace
 
-_MOMENT, _COUNT = "metric second moment", "metric steps"
+_MOMENT = "metric second moment"
 
 
 @dataclass(frozen=True)
 class AdamMetric:
     """`P = s / (sqrt(v) + floor s)` with `v` Adam's second moment and `s` the root mean square of `sqrt(v)`.
 
-    `v` is the debiased moving average of the minibatch gradients' squares (Kingma and Ba 2015, algorithm 1, without
-    the first moment). `P` has no unit, is 1 / (1 + floor) where an entry's gradients are of average size and at most
-    `1 / floor` where they vanish: without the floor, an entry that hardly ever has a gradient would be moved without
-    limit. The curvature of a loss grows like the square of its gradients, and `sqrt(v)` is the compromise that Adam
-    makes; here the Hessian of the scaled problem corrects it.
+    `v` is the moving average of the minibatch gradients' squares (Kingma and Ba 2015, algorithm 1, without the first
+    moment; a factor common to all entries, such as the debiasing, cancels in `P`). `P` has no unit, is
+    1 / (1 + floor) where an entry's gradients are of average size and at most `1 / floor` where they vanish: without
+    the floor, an entry that hardly ever has a gradient would be moved without limit. The curvature of a loss grows
+    like the square of its gradients, and `sqrt(v)` is the compromise that Adam makes; here the Hessian of the scaled
+    problem corrects it.
     """
 
     decay: float = 0.99
@@ -53,15 +54,15 @@ class AdamMetric:
         Args:
             space: of the gradient.
             gradient: finite and not zero, this rank's part.
-            memory: holds `v`, one vector, and the number of gradients in it.
+            memory: holds `v`, one vector.
         """
-        count = memory.numbers.get(_COUNT, 0.0) + 1.0
         if _MOMENT not in memory.vectors:
             memory.vectors[_MOMENT] = torch.zeros_like(gradient)
         moment = memory.vectors[_MOMENT]
         moment.mul_(self.decay).addcmul_(gradient, gradient, value=1.0 - self.decay)
-        memory.numbers[_COUNT] = count
-        spread = (moment / (1.0 - self.decay**count)).sqrt_()
+        spread = moment.sqrt()
         mean = (space.dots([spread], spread)[0] / space.num_entries) ** 0.5
+        if mean == 0.0:  # gradients so small that their squares underflow
+            return torch.ones_like(gradient)
         # padding and frozen entries get the largest scale, which multiplies nothing but their zeros
         return spread.div_(mean).add_(self.floor).rsqrt_()

@@ -109,6 +109,7 @@ def test_the_metric_has_no_unit_and_is_bounded() -> None:
         scale = AdamMetric().scale(LocalSpace(SIZE), factor * gradient, Memory())
         assert torch.allclose(scale.square(), metric_of([gradient]), rtol=1e-10)
         assert float(scale[0] ** 2) == pytest.approx(10.0)  # 1 / floor
+    assert bool((AdamMetric().scale(LocalSpace(SIZE), 1e-200 * gradient, Memory()) == 1.0).all())  # squares underflow
     with pytest.raises(ValueError, match="decay"):
         AdamMetric(decay=1.0)
 
