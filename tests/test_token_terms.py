@@ -9,8 +9,10 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, hessian, jacrev
 
 from distributed_unlearn.config import ObjectiveConfig
+from distributed_unlearn.curvature.head import rows_before_head
 from distributed_unlearn.curvature.precision import LiftFloat32Casts
 from distributed_unlearn.data.encoding import TokenBatch
+from distributed_unlearn.engine.inputs import Minibatch, local_micro_batches
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.objectives.constants import LastSeen, RoundConstants, matched_targets
 from distributed_unlearn.objectives.predictions import (
@@ -23,6 +25,7 @@ from distributed_unlearn.objectives.predictions import (
 )
 from distributed_unlearn.objectives.terms import Needs
 from tests.bench import Bench
+from tests.classifiers import FORGET, NUM_RECORDS, RETAIN, corpus_for, tiny_classifier
 from tests.families import VOCABULARY, random_batch, tiny_model
 
 TOTALS = MinibatchTotals(num_forget_records=2, num_retain_records=2, num_forget_tokens=5, num_retain_tokens=4)
@@ -213,6 +216,30 @@ def test_refreshed_targets_follow_the_ranks_that_were_last_seen():
     np.testing.assert_array_equal(seen.constants().target_log_odds, [30.0, 20.0, nan, 10.0])
     np.testing.assert_array_equal(seen.constants().start_log_odds, odds)
     assert seen.values.tolist() == [3.0, 1.0, 8.0, 0.5] and known.start_log_odds.tolist() == odds.tolist()
+
+
+def test_classes_use_the_same_terms():
+    """One label a record: ten images in micro-batches of four, one rank of two without any in its last."""
+    corpus, model = corpus_for("cnn"), tiny_classifier("cnn")
+    values = np.random.default_rng(0).standard_normal((2, NUM_RECORDS))
+    indices = np.arange(NUM_RECORDS)
+    known = RoundConstants(indices, np.ones_like(indices), values[0], values[0], values[1], np.empty(0))
+    objective, minibatch = build_objective(ObjectiveConfig(name="token_matched"), None), Minibatch(FORGET, RETAIN)
+    total = 0.0
+    with torch.no_grad():
+        for rank in range(2):
+            micros = local_micro_batches(corpus, minibatch, objective, known, rank, 2, 4, torch.device("cpu"))
+            for micro in micros:
+                with rows_before_head(model, micro.batch.positions) as selection:
+                    total += float(micro.loss(selection.rows(model(**micro.batch.inputs).logits)))
+        logits = model(**corpus.batch(indices).inputs).logits.double()
+    odds = [
+        float(z[y] - torch.cat([z[:y], z[y + 1 :]]).logsumexp(0)) for z, y in zip(logits, corpus.classes, strict=True)
+    ]
+    distance = [abs(odds[i] - values[1, i]) for i in FORGET]
+    forget = sum(0.5 * x * x if x <= 1 else x - 0.5 for x in distance) / len(FORGET)
+    retain = sum((odds[i] - values[0, i]) ** 2 / 2 for i in RETAIN) / len(RETAIN)
+    assert total == pytest.approx(forget + retain, rel=1e-5)
 
 
 class TokenBench(Bench):
