@@ -110,16 +110,21 @@ class Course:
 def contestants(problem: Problem, short: bool) -> list[Contestant]:
     """The defaults, today's defaults, and first-order methods at several rates on the same objective."""
     batches = {"gradient_batch": problem.gradient_batch, "max_steps": MOST_STEPS, "seed": problem.seed}
-    second = {**batches, "curvature_batch": problem.curvature_batch}
     token, mean = ObjectiveConfig(name="token_matched"), ObjectiveConfig(name="holdout_matched")
 
-    former = {"inner": "krylov", "metric": "identity", "cubic_coefficient": 100.0, "max_krylov_steps": 2}
+    former = {
+        "inner": "krylov",
+        "metric": "identity",
+        "cubic_coefficient": 100.0,
+        "max_krylov_steps": 2,
+        "curvature_batch": problem.gradient_batch // 3,
+    }
 
     def adamw(rate: float) -> AdamWConfig:
         return AdamWConfig(method="adamw", learning_rate=rate, **batches)
 
     def cubic(**settings: object) -> SCureNewtonConfig:
-        chosen = {"inner": "subspace", "metric": "adam", "cubic_coefficient": 10.0, **second, **settings}
+        chosen = {**batches, "curvature_batch": problem.curvature_batch, **settings}
         return SCureNewtonConfig.model_validate(chosen)
 
     found = [

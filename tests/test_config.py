@@ -36,7 +36,8 @@ def refuse(tree):
 def test_smallest_job_and_its_defaults():
     config = parse_job(job(), "job.yaml")
     assert config.unlearns and len(config.forget_rounds) == 1
-    assert config.objective.name == "holdout_matched" and config.solver.method == "scurenewton"
+    assert config.objective.name == "token_matched" and config.solver.method == "scurenewton"
+    assert config.solver.inner == "subspace" and config.solver.metric == "adam"
     assert config.cluster.zero_stage == 3 and config.data.format == "question_answer"
 
 

@@ -39,7 +39,7 @@ class BaseSolverConfig(StrictModel):
 class SecondOrderConfig(BaseSolverConfig):
     """What every method with curvature has."""
 
-    curvature_batch: int = Field(default=16, ge=1)
+    curvature_batch: int = Field(default=8, ge=1)
     """Records per curvature minibatch, the head of the gradient minibatch."""
 
     @model_validator(mode="after")
@@ -52,7 +52,7 @@ class SecondOrderConfig(BaseSolverConfig):
 class CubicConfig(SecondOrderConfig):
     """What the cubic methods have."""
 
-    cubic_coefficient: float = Field(default=100.0, gt=0.0)
+    cubic_coefficient: float = Field(default=10.0, gt=0.0)
     """M of the cubic model (L in the paper), the first value when `adaptive`."""
     adaptive: bool = True
     """Accept or reject steps and adapt M (Cartis, Gould, Toint 2011). false: the paper's fixed coefficient."""
@@ -75,10 +75,10 @@ class SCureNewtonConfig(CubicConfig):
     """Stochastic cubic steps from products alone."""
 
     method: Literal["scurenewton"] = "scurenewton"
-    inner: Literal["krylov", "subspace", "gradient_descent"] = "krylov"
+    inner: Literal["krylov", "subspace", "gradient_descent"] = "subspace"
     """Where the cubic model is minimised: on a Krylov space, on the span of the (preconditioned) gradient and the last
     accepted steps, or over all weights by gradient descent as in the paper."""
-    metric: Literal["identity", "adam"] = "identity"
+    metric: Literal["identity", "adam"] = "adam"
     """The norm in which a step is short: Euclidean as in the paper, or scaled by Adam's second moment. With `adam`,
     alpha, gamma, M and the Ritz values are those of the scaled problem."""
     max_krylov_steps: int = Field(default=3, ge=1, le=200)

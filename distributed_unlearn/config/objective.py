@@ -20,7 +20,7 @@ class ObjectiveConfig(StrictModel):
         "token_matched",
         "undial",
         "delete",
-    ] = "holdout_matched"
+    ] = "token_matched"
     forget_weight: float = Field(default=1.0, ge=0.0)
     retain_weight: float = Field(default=1.0, ge=0.0)
     retain: Literal["log_odds", "loss", "kl"] | None = None

@@ -162,7 +162,7 @@ class SelectionConfig(StrictModel):
 class CurvatureConfig(StrictModel):
     """Which product, and what is kept in memory between the products of one minibatch."""
 
-    product: Literal["hessian", "gauss_newton"] = "hessian"
+    product: Literal["hessian", "gauss_newton"] = "gauss_newton"
     mode: Literal["auto", "cached", "recompute"] = "auto"
     """auto: cached where the measured size of what it keeps fits `memory_budget_gib`, else recompute."""
     memory_budget_gib: float | None = Field(default=None, gt=0.0)

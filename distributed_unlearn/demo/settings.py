@@ -63,7 +63,7 @@ class Baseline:
     folder: str
     objective: ObjectiveConfig
     learning_rate: float
-    """5e-4 was the best of 1e-4, 2e-4 and 5e-4 for holdout_matched on a model of this size."""
+    """5e-4 lies between the two best of 1e-4, 3e-4, 1e-3 and 3e-3 for token_matched on a model of this size."""
 
     @property
     def is_cubic_objective(self) -> bool:
@@ -76,7 +76,7 @@ def baselines() -> tuple[Baseline, ...]:
     return (
         Baseline("fine-tune on retain (AdamW)", "fine_tuned", ObjectiveConfig(name="retain"), 5e-4),
         Baseline("NPO (AdamW)", "npo", ObjectiveConfig(name="npo"), 5e-4),
-        Baseline("holdout_matched (AdamW)", "adamw", ObjectiveConfig(name="holdout_matched"), 5e-4),
+        Baseline("token_matched (AdamW)", "adamw", ObjectiveConfig(name="token_matched"), 5e-4),
     )
 
 
@@ -107,7 +107,7 @@ def demo_settings(seed: int, short: bool) -> DemoSettings:
         num_layers=4,
         context_length=256,
         train=TrainConfig(epochs=28, batch_size=16, learning_rate=2e-3, zero_stage=2),
-        solver=_solver(seed, max_steps=60, gradient_batch=48, curvature_batch=16),
+        solver=_solver(seed, max_steps=30, gradient_batch=48, curvature_batch=8),
         curvature=CurvatureConfig(micro_batch_size=24),
         seed=seed,
     )
@@ -115,10 +115,9 @@ def demo_settings(seed: int, short: bool) -> DemoSettings:
 
 def _solver(seed: int, max_steps: int, gradient_batch: int, curvature_batch: int) -> SCureNewtonConfig:
     return SCureNewtonConfig(
-        max_krylov_steps=2,  # 2 and 3 reach the same quality a step, 2 in two thirds of the time
         gradient_batch=gradient_batch,
-        curvature_batch=curvature_batch,
+        curvature_batch=curvature_batch,  # a sixth of the gradient's: cheaper steps win over better products
         max_steps=max_steps,
         seed=seed,
-        stop=StopConfig(forget_tolerance_nats=0.1, retain_tolerance_nats=0.05),
+        stop=StopConfig(retain_tolerance_nats=0.05),
     )

@@ -52,6 +52,17 @@ def test_every_objective_takes_a_cubic_step(objective, sign, tiny: TinyJob, tmp_
     assert objective != "retain" or _change(record, "retain") < 0
 
 
+def test_the_defaults_take_steps(tiny: TinyJob, tmp_path, capsys):
+    """Preconditioned gradient, then gradient and last step; the target is measured in the objective's own terms."""
+    overrides = ("objective={}", "curvature={}", "solver={gradient_batch: 6, max_steps: 3}")
+    outcome = succeed(capsys, tiny.run(tmp_path / "out", *overrides))
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["config"]["objective"]["name"] == "token_matched" and outcome.code in (0, 10)
+    steps = record["rounds"][0]["steps"]
+    assert [step["num_products"] for step in steps] == [1, 2, 2] and all(step["accepted"] for step in steps)
+    assert steps[-1]["terms"]["forget_term"] < steps[0]["terms"]["forget_term"]
+
+
 def test_targets_by_rank_follow_the_tokens(tiny: TinyJob, tmp_path, capsys):
     """The first step is the same; afterwards tokens have overtaken others, and their targets are other ones."""
     losses = []

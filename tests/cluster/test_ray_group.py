@@ -82,13 +82,15 @@ def _run(group: WorkerGroup, tiny: TinyJob, prepared: PreparedData, folder: Path
         holdout=prepared.partition.holdout,
         objective=ObjectiveConfig(name="graddiff"),
         solver=SolverConfig(
+            inner="krylov",
+            metric="identity",
             max_krylov_steps=3,
             gradient_batch=5,  # odd, so that the ranks have different shares
             curvature_batch=3,
             max_steps=3,
             stop=StopConfig(forget_matches_holdout=False),
         ),
-        curvature=CurvatureConfig(micro_batch_size=2),
+        curvature=CurvatureConfig(product="hessian", micro_batch_size=2),
     )
     workers = Workers(group)
     record = run_round(

@@ -119,7 +119,7 @@ def round_spec(problem: Problem, micro_batch_size: int = 4, mode: str = "recompu
             max_krylov_steps=KRYLOV_STEPS,
             cubic_coefficient=SETTINGS.cubic_coefficient,
         ),
-        curvature=CurvatureConfig(mode=mode, micro_batch_size=micro_batch_size),  # type: ignore[arg-type]
+        curvature=CurvatureConfig(product="hessian", mode=mode, micro_batch_size=micro_batch_size),  # type: ignore[arg-type]
         holdout_loss=HOLDOUT_LOSS,
         constants=round_constants(random_corpus()),
     )

@@ -70,7 +70,7 @@ def _derivatives(worker: Worker, name: str, mode: str, micro_batch_size: int) ->
         objective=ObjectiveConfig(name="holdout_matched"),
         # Twice the larger role: the whole of both.
         solver=SCureNewtonConfig(gradient_batch=2 * len(RETAIN), curvature_batch=2 * len(RETAIN)),
-        curvature=CurvatureConfig(mode=mode, micro_batch_size=micro_batch_size),  # type: ignore[arg-type]
+        curvature=CurvatureConfig(product="hessian", mode=mode, micro_batch_size=micro_batch_size),  # type: ignore[arg-type]
         holdout_loss=HOLDOUT_LOSS,
         constants=RoundConstants.none(),
     )

@@ -265,7 +265,7 @@ def chosen_modes(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
         return worker.communicator.num_elements_moved - before, result
 
     for name, budget in (("none", 1e-9), ("plenty", 1.0), ("default", None)):
-        curvature = CurvatureConfig(mode="auto", memory_budget_gib=budget, micro_batch_size=1)
+        curvature = CurvatureConfig(product="hessian", mode="auto", memory_budget_gib=budget, micro_batch_size=1)
         worker.begin_round(dataclasses.replace(round_spec(Problem()), curvature=curvature))
         worker.oracle_call("begin_step", 1, KRYLOV)  # measures, too
         gradient, start = moved("begin_step", 0, KRYLOV)
