@@ -54,7 +54,11 @@ def test_every_objective_takes_a_cubic_step(objective, sign, tiny: TinyJob, tmp_
 
 def test_the_defaults_take_steps(tiny: TinyJob, tmp_path, capsys):
     """Preconditioned gradient, then gradient and last step; the target is measured in the objective's own terms."""
-    overrides = ("objective={}", "curvature={}", "solver={gradient_batch: 6, max_steps: 3}")
+    overrides = (
+        "objective={}",
+        "curvature={}",
+        "solver={gradient_batch: 6, curvature_batch: 4, max_steps: 3, stop: {forget_matches_holdout: false}}",
+    )
     outcome = succeed(capsys, tiny.run(tmp_path / "out", *overrides))
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["config"]["objective"]["name"] == "token_matched" and outcome.code in (0, 10)
