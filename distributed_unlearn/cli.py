@@ -3,14 +3,15 @@
 Exit codes: 0 done; 1 a bug of ours (with traceback); 2 wrong usage; 3 configuration; 4 data; 5 model;
 6 resources; 7 numerics; 8 a worker failed; 9 a check failed; 10 done and written, but what was measured is not that
 everything is forgotten and the rest kept (0 with `run --allow-incomplete`); 11 the ledger; 12 a request; 13 the lease
-is another's; 14 a gate rolled the round back; 130 interrupted; 143 terminated.
+is another's; 14 a gate rolled the round back; 129 hung up; 130 interrupted; 143 terminated.
 """
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import get_args
@@ -92,8 +93,38 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     curvature.add_argument("--backend", choices=("ray", "in_process"), default="ray")
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a run in order: workers are ended and staging folders vanish."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    for name in _STOPS:
+        signal.signal(name, _ask_for_patience)  # a second one would cut the clean-up short
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(128 + number)
+
+
+def _ask_for_patience(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"ending: wait until the workers have ended\n")
+
+
+@contextmanager
+def _stops_in_order() -> Iterator[None]:
+    """Handle the signals that end a run, for the length of the block; one that the shell ignores (nohup) stays so.
+
+    Once one has come the process is ending, and the patience asked for lasts until its end.
+    """
+    before = {name: signal.getsignal(name) for name in _STOPS}
+    for name, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(name, _stop)
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            if signal.getsignal(name) is _stop:
+                signal.signal(name, handler)
 
 
 def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
@@ -151,9 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=110)
     errors = Console(stderr=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, _terminate)  # so that workers end and staging folders vanish
     try:
-        return _dispatch(_parser().parse_args(argv), console)
+        with _stops_in_order():
+            return _dispatch(_parser().parse_args(argv), console)
     except UserError as error:
         if isinstance(error, WorkerError) and error.worker_traceback:
             errors.print(error.worker_traceback, markup=False, highlight=False, soft_wrap=True)
@@ -164,6 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("interrupted; nothing was left half-written", highlight=False)
         return 130
+    except SystemExit as error:
+        if error.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP):
+            errors.print("terminated; nothing was left half-written", highlight=False)
+        raise
 
 
 if __name__ == "__main__":

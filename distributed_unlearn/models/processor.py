@@ -32,7 +32,7 @@ def load_tokenizer(config: ModelConfig, pad_token: str | None = None) -> PreTrai
     path = expand_home(config.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a file that is not what it should be transformers raises whatever comes up
         raise unreadable(config, "tokenizer", error) from error
     if not tokenizer.is_fast:
         raise ModelError("a slow tokenizer", "a fast one (tokenizer.json)", "convert it with transformers")
