@@ -11,6 +11,7 @@ from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.files import refuse_existing
 from distributed_unlearn.models.base_of_adapter import reference_model
 from distributed_unlearn.models.fit import check_checkpoint
+from distributed_unlearn.models.reference import require_comparable
 from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.rounds.events import RunEvents
 from distributed_unlearn.rounds.folder import output_folder
@@ -55,7 +56,9 @@ def prepare(job: JobConfig) -> PreparedData:
     stage = job.cluster.zero_stage if job.train is None else job.train.stage_in(job.cluster)
     check_checkpoint(job.model, stage)
     if job.retrained is not None and job.train is None:
-        check_checkpoint(reference_model(job.model, job.retrained), stage)
+        reference = reference_model(job.model, job.retrained)
+        check_checkpoint(reference, stage)
+        require_comparable(job.model, reference, job.data.pad_token)
     if job.data.base_model is not None and job.unlearns and job.objective.uses_base_model:
         check_checkpoint(reference_model(job.model, job.data.base_model), stage)
     return prepare_data(job.model, job.data, job.forget_rounds, job.holdout)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import Outcome, assert_refused, call
 from tiny_job import NUM_PEOPLE, RECORDS_EACH, TinyJob
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import distributed_unlearn.commands.check
 import distributed_unlearn.commands.run
@@ -237,3 +237,19 @@ def test_wrong_usage_is_exit_code_2(capsys):
         call(capsys, ["unlearn"])
     assert caught.value.code == 2
     assert "usage: distributed-unlearn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["architecture", "tokenizer"])
+def test_a_reference_of_another_kind_is_refused(kind, tiny: TinyJob, tmp_path, capsys):
+    reference = tiny.copy_model(tmp_path / "reference")
+    if kind == "architecture":
+        config = AutoConfig.from_pretrained(reference, num_hidden_layers=1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(reference)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(reference)
+        tokenizer.add_tokens(["zanzibarium"])
+        tokenizer.save_pretrained(reference)
+    for command in ("plan", "run"):
+        outcome = call(capsys, [command, *tiny.run(tmp_path / "out", f"retrained={reference}")[1:]])
+        assert_refused(outcome, 5, "model", "a retrained reference", "train the reference from the same base")
+        assert not (tmp_path / "out").exists()
