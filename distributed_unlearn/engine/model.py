@@ -18,7 +18,7 @@ from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.models.adapters import InsertedAdapter
 from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.families import family_of
-from distributed_unlearn.models.family import ModelFamily, batch_norms
+from distributed_unlearn.models.family import ModelFamily, batch_norms, refuse_half_statistics
 from distributed_unlearn.models.fit import refuse_one_segment
 from distributed_unlearn.models.stored import float_dtype, stored_tensors
 from distributed_unlearn.workers.messages import ModelFacts
@@ -92,9 +92,10 @@ def adopt_model(
     """Segment, lay out and check a model that is in memory, partitioned or not. All ranks must call this.
 
     Raises:
-        ModelError: blocks that cannot be found at stage 3.
+        ModelError: blocks that cannot be found at stage 3, or batch normalisation in bfloat16.
         NumericalError: weights that are not finite.
     """
+    refuse_half_statistics(model, dtype)
     segmented = find_segments(model, family.blocks(model), family.constants)
     refuse_one_segment(segmented.fallback_reason, zero_stage)
     layout = build_layout(

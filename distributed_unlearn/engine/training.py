@@ -28,6 +28,7 @@ from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.engine.decay import decays
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.models.families import family_of
+from distributed_unlearn.models.family import refuse_half_statistics
 from distributed_unlearn.workers.messages import Indices, TrainingPlan, TrainingSpec
 
 
@@ -89,6 +90,7 @@ class Trainer:
         self._constants = family_of(spec.model.task).constants
         plan = plan_training(config, len(spec.indices), communicator.world_size, spec.micro_batch_size)
         self.plan = replace(plan, left_out=left_out(model.config))
+        refuse_half_statistics(model, next(model.parameters()).dtype)
         bf16 = next(model.parameters()).dtype == torch.bfloat16
         plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(spec.zero_stage, bf16))
         # accelerate keeps the first plugin of a process for good; a second training needs a clean state.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_unlearn.curvature.segments import Blocks
+from distributed_unlearn.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,21 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
     no update of the weights can take away again.
     """
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def refuse_half_statistics(model: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse batch normalisation below float32: torch mixes its float32 statistics with no narrower weights.
+
+    Raises:
+        ModelError: there is some.
+    """
+    count = len(batch_norms(model))
+    if count and dtype not in (torch.float32, torch.float64):
+        raise ModelError(
+            f"a model with {count} layer(s) of batch normalisation in {str(dtype).removeprefix('torch.')}",
+            "float32, in which running statistics are kept",
+            "set model.dtype to float32",
+        )
 
 
 def build(family: ModelFamily, hf_config: Any) -> nn.Module:
