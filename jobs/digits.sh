@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The digits recipes in order: train, retrain without a tenth of the records and without class 3, unlearn both.
 #
-#   jobs/digits.sh cnn          # seconds a run on one core, every second-order method
-#   jobs/digits.sh resnet18     # minutes a run on two cores
+#   jobs/digits.sh cnn          # every method; minutes in all on one core
+#   jobs/digits.sh resnet18     # two workers at ZeRO stage 3; better with GPUs
 #
 # Everything is written below runs/digits; the last lines are a table of all results.
 set -euo pipefail
@@ -27,3 +27,22 @@ unlearn() { # NAME, then overrides; the verdict of a baseline is not this script
 
 unlearn scurenewton
 unlearn adamw 'solver={method: adamw, learning_rate: 1.0e-3, gradient_batch: 100, max_steps: 30}'
+if [ "$name" = cnn ]; then
+    batches='gradient_batch: 600, curvature_batch: 300'
+    unlearn descent 'solver={inner: gradient_descent, gradient_batch: 300, curvature_batch: 100, max_steps: 10}'
+    unlearn curenewton "solver={method: curenewton, cubic_coefficient: 1000.0, $batches, max_steps: 3}"
+    unlearn damped_newton "solver={method: damped_newton, $batches, max_steps: 2}"
+    unlearn pinv_newton "solver={method: pinv_newton, $batches, max_steps: 1}"
+fi
+
+python - "$name" <<'TABLE'
+import json, pathlib, sys
+
+print("loss / accuracy          forget          retain         holdout    ToW   ||Delta||  products  seconds")
+for path in sorted(pathlib.Path("runs/digits").glob(f"{sys.argv[1]}_*/record.json")):
+    for last in json.loads(path.read_text()).get("rounds", [])[-1:]:
+        sets = (last["after"][name] for name in ("forget", "retain", "holdout"))
+        cells = (f"{x['loss_nats_per_token']:9.3f} / {x['exact_memorisation']:.3f}" for x in sets)
+        tail = (last["tug_of_war"], last["update_norm"], last["num_products"], last["wall_seconds"])
+        print(f"{path.parent.name:22s}", *cells, "{:.3f}  {:9.3f}  {:8d}  {:7.1f}".format(*tail))
+TABLE
