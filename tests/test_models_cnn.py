@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from distributed_unlearn.models.classifier import ImageClassifier
 from distributed_unlearn.models.cnn import TwoLayerCNNConfig, TwoLayerCNNForImageClassification, register_own_models
 
 
@@ -38,3 +39,17 @@ def test_it_computes_two_convolutions_and_a_linear_layer():
     assert torch.allclose(model(pixels).logits, expected, rtol=1e-12)
     labels = torch.tensor([3, 7])
     assert torch.allclose(model(pixels, labels).loss, torch.nn.functional.cross_entropy(expected, labels))
+
+
+def test_activations_are_counted_as_a_forward_pass_makes_them():
+    sizes = ImageClassifier().activation_sizes(TwoLayerCNNConfig(image_size=8, num_labels=10), 2, 8)
+    # Two images of 8 x 8: the first layer keeps its input, ReLU's result twice (for ReLU and for pooling), and indices.
+    assert sizes.block_graph == 2 * (64 + 2 * 8 * 64 + 8 * 16)
+    assert sizes.block_input == 2 * 8 * 16 and sizes.logits == 2 * 10
+
+
+def test_blocks_of_stages_are_their_layers():
+    config = AutoConfig.for_model("resnet", num_channels=1, hidden_sizes=[4, 4], depths=[2, 1], embedding_size=4)
+    model = AutoModelForImageClassification.from_config(config)
+    names = [name for name, _ in ImageClassifier().blocks(model).members]
+    assert names == [f"resnet.encoder.stages.{place}" for place in ("0.layers.0", "0.layers.1", "1.layers.0")]

@@ -142,9 +142,9 @@ def _count_activations(model: nn.Module, blocks: dict[str, nn.Module], pixel_val
     inside, inputs = ["root"], [0]
     graphs = {name: 0 for name in ("root", *blocks)}
 
-    def enter(name: str, hidden: Tensor) -> None:
+    def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inside[0] = name
-        inputs.append(hidden.numel())
+        inputs.append((args[0] if args else kwargs["hidden_states"]).numel())
 
     def leave() -> None:
         inside[0] = "root"
@@ -154,7 +154,7 @@ def _count_activations(model: nn.Module, blocks: dict[str, nn.Module], pixel_val
         return tensor
 
     for name, block in blocks.items():
-        block.register_forward_pre_hook(lambda _, args, name=name: enter(name, args[0]))
+        block.register_forward_pre_hook(lambda _, *call, name=name: enter(name, *call), with_kwargs=True)
         block.register_forward_hook(lambda *_: leave())
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         logits = model(pixel_values=pixel_values).logits

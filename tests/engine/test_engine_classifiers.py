@@ -22,7 +22,7 @@ from tests.engine.classifier_programs import TRAINING, ClassifierPlan
 from tests.engine.compare import SUMS, Results, close, close_vectors, gathered
 from tests.engine.ranks import run_on_ranks
 
-WORLD_SIZES = (1, 2, 4)
+WORLD_SIZES = (1, 2, pytest.param(4, marks=pytest.mark.slow))
 WAYS = ("stage 0 recompute", "stage 3 cached", "stage 3 recompute")
 
 
