@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import cached_file
 
-from distributed_unlearn.config import ErasedConfig, ModelConfig
+from distributed_unlearn.config import AdapterFolder, ErasedConfig, ModelConfig
 from distributed_unlearn.data.batches import NamedCorpus
 from distributed_unlearn.data.selection import read_ids
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.files import expand_home
+from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.provenance import MARK, Lineage, hash_ids, new_salt, read_lineage, read_mark, unknown_past
 
 
@@ -52,7 +53,7 @@ class ErasedBefore:
 
 
 def checkpoint_lineage(model: ModelConfig, named: ErasedConfig | None) -> Lineage:
-    """What the checkpoint's record tells of earlier erasures.
+    """What the record of the checkpoint tells of earlier erasures; of an adapter that is gone on from, if it has one.
 
     Args:
         model: The checkpoint that the job opens, a hub name at the revision where it was found.
@@ -61,8 +62,13 @@ def checkpoint_lineage(model: ModelConfig, named: ErasedConfig | None) -> Lineag
     Raises:
         ModelError: records were erased, and neither the checkpoint's record nor the job says which.
     """
+    model = opened_as(model)
     path = Path(expand_home(model.path))
     try:
+        if isinstance(model.adapter, AdapterFolder):  # its record hands on what was erased from its base before
+            lineage = read_lineage(Path(expand_home(model.adapter.path)))
+            if lineage.parent is not None:
+                return lineage
         if path.is_dir():
             return read_lineage(path)
         downloaded = _hub_mark(model)
