@@ -19,7 +19,7 @@ def plain(checkpoints, corpus):
     """Losses before each step, weights at the start and after all steps, by method, in float64."""
     found, problem = {}, Problem("llama")
     for method, rates in RATES.items():
-        model = load_float64(str(checkpoints / "llama"))
+        model, first = (load_float64(str(checkpoints / "llama")) for _ in range(2))
         matrices = [p for p in model.parameters() if p.dim() > 1]
         vectors = [p for p in model.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
@@ -31,7 +31,7 @@ def plain(checkpoints, corpus):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with LiftFloat32Casts():
-                loss = loss_on(corpus, problem, minibatch_of(problem, problem.gradient_batch, step))(model)
+                loss = loss_on(corpus, problem, minibatch_of(problem, problem.gradient_batch, step), first)(model)
                 optimizer.zero_grad()
                 loss.backward()
             for name, row in rows.items():
