@@ -13,7 +13,7 @@ from pathlib import Path
 from securesystemslib.signer import CryptoSigner
 from sqlalchemy import update
 
-from distributed_unlearn.config import JobConfig, SelectionConfig, load_job
+from distributed_unlearn.config import JobConfig, SelectionConfig, load_job, parse_job
 from distributed_unlearn.config.service import ServiceConfig
 from distributed_unlearn.errors import ConfigError, DataError, ResourceError, UserError, WorkerError
 from distributed_unlearn.provenance import hash_folder
@@ -91,7 +91,7 @@ def service_job(config: ServiceConfig) -> JobConfig:
     """The job file of a service, fit for rounds.
 
     Raises:
-        ConfigError: it forgets or trains by itself, has no holdout, or saves less than float32.
+        ConfigError: it forgets or trains by itself, saves less than float32, or could not forget if it were asked to.
     """
     job = load_job(Path(config.job).expanduser(), list(config.overrides))
     if job.forget is not None or job.rounds is not None or job.train is not None:
@@ -104,6 +104,8 @@ def service_job(config: ServiceConfig) -> JobConfig:
             "float32 or null",
             "rounds go on from each other's files, and small updates vanish in fewer bits; publish a converted copy",
         )
+    asked = {**job.model_dump(), "forget": {"record_ids": ["any"]}}
+    parse_job(asked, config.job)  # what a job that forgets must have besides, e.g. a holdout
     return job
 
 
@@ -171,10 +173,8 @@ def warn_of_due(service: Service) -> list[ErasureRequest]:
     with service.ledger.write(service.held.lease) as writing:
         for request in pressing:
             unwarned = (REQUESTS.c.id == request.number) & REQUESTS.c.warned.is_(False)
-            if (
-                request.overdue
-                and writing.connection.execute(update(REQUESTS).where(unwarned).values(warned=True)).rowcount
-            ):
+            warning = update(REQUESTS).where(unwarned).values(warned=True)
+            if request.overdue and writing.connection.execute(warning).rowcount:
                 writing.append("request_overdue", {"request": request.number})
     for request in pressing:
         word = "is overdue since" if request.overdue else "is due at"

@@ -7,11 +7,13 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from setuptools import find_packages
 from sqlalchemy import delete, insert, inspect, select, update
 
 from distributed_unlearn.config.service import RequestsConfig
@@ -284,3 +286,10 @@ def test_entries_are_hashed_as_documented(ledger):
         row = connection.execute(select(tables.AUDIT)).first()
     listed = json.dumps([1, row.at, "ledger_created", row.body, "0" * 64], separators=(",", ":"))
     assert row.hash == hashlib.sha256(listed.encode()).hexdigest()
+
+
+def test_the_migrations_are_packages_that_a_wheel_carries():
+    root = Path(__file__).resolve().parents[2]
+    include = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    folder = "distributed_unlearn.service.migrations"
+    assert {folder, f"{folder}.versions"} <= set(find_packages(str(root), include=include))

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import yaml
 from sqlalchemy import select
 
 from distributed_unlearn.config.service import GatesConfig, RetentionConfig, load_service
@@ -260,11 +261,12 @@ def test_two_passes_at_once_are_refused(path):
         ("train: {epochs: 1}", "with forget, rounds or train"),
         ("save: {dtype: bfloat16}", "save.dtype bfloat16"),
         ("nonsense: 1", "nonsense"),
+        ("holdout: null", "need a holdout selection"),
     ],
 )
 def test_jobs_that_no_service_can_run_are_refused_before_the_ledger_is_made(path, tmp_path, change, complaint):
-    with (tmp_path / "job.yaml").open("a") as handle:
-        handle.write(change + "\n")
+    job = {**yaml.safe_load((tmp_path / "job.yaml").read_text()), **yaml.safe_load(change)}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     with pytest.raises(ConfigError, match=complaint):
         one_pass(path, FakeRounds())
     assert not (tmp_path / "service").exists()
