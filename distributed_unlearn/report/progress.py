@@ -154,5 +154,5 @@ class TrainingProgress:
         """A step has ended."""
         self._progress.update(self._task, completed=step + 1, loss=f"{loss:.4f}")
         if not self._console.is_terminal and (step + 1) % max(1, self._num_steps // 10) == 0:
-            text = f"{self._description} {step + 1}/{self._num_steps}  loss {loss:.4f}"
+            text = f"{self._description}: step {step + 1} of {self._num_steps}  loss {loss:.4f}"
             self._console.print(text, markup=False, highlight=False)
