@@ -70,6 +70,12 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     demo.add_argument("--num-workers", type=_at_least("--num-workers", 1), default=2)
     demo.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3)
     demo.add_argument("--address", default=None, help="Ray address; default: the surrounding job's, else a local Ray")
+    demo.add_argument(
+        "--use-gpu",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="as cluster.use_gpu: a GPU for every worker",
+    )
     demo.add_argument("--short", action="store_true", help="a much smaller run of the same path (about a minute)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in the output folder")
 
@@ -172,6 +178,7 @@ def _cluster(arguments: argparse.Namespace, address: str | None) -> ClusterConfi
             "zero_stage": arguments.zero_stage,
             "address": address,
             "backend": getattr(arguments, "backend", "ray"),
+            "use_gpu": getattr(arguments, "use_gpu", "auto"),
         }
     )
 

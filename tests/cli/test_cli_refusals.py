@@ -253,3 +253,14 @@ def test_a_reference_of_another_kind_is_refused(kind, tiny: TinyJob, tmp_path, c
         outcome = call(capsys, [command, *tiny.run(tmp_path / "out", f"retrained={reference}")[1:]])
         assert_refused(outcome, 5, "model", "a retrained reference", "train the reference from the same base")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("use_gpu", [None, "never", "always"])
+def test_the_demo_takes_its_workers_gpus_from_the_command_line(use_gpu, tmp_path, capsys, monkeypatch):
+    clusters = []
+    monkeypatch.setattr(
+        "distributed_unlearn.demo.run.run_demo", lambda settings, cluster, *rest: clusters.append(cluster)
+    )
+    options = [] if use_gpu is None else ["--use-gpu", use_gpu]
+    assert call(capsys, ["demo", "--output", str(tmp_path), *options]).code == 0
+    assert [cluster.use_gpu for cluster in clusters] == [use_gpu or "auto"]
