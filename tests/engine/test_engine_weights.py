@@ -96,7 +96,8 @@ def test_all_ranks_choose_the_mode_together(world_size, stage, results):
 @everywhere
 def test_a_step_gathers_once_a_pass_where_memory_allows(world_size, stage, results, checkpoints):
     """Micro-batches of one record: with a budget for one at a time, each is a pass of its own."""
-    size = measure_model(AutoConfig.from_pretrained(checkpoints / "odd_llama"), "all", world_size, stage)
+    model = ModelConfig(path=str(checkpoints / "odd_llama"))
+    size = measure_model(model, AutoConfig.from_pretrained(model.path), world_size, stage)
     refresh = 0 if stage == 3 else size.layout.vector_numel * world_size  # of replicated weights, before the trial
     loss = elements_per_loss(size, stage)
     kept = elements_per_gradient(size, stage, True), elements_per_product(size, stage, True), loss + refresh
