@@ -87,10 +87,10 @@ def read_mark(checkpoint: Path) -> Mark | None:
     if not path.exists():
         return None
     tree = _read_object(path)
-    mark = Mark(str(tree.get("result")), tree.get("num_erased"))  # type: ignore[arg-type]
-    if not isinstance(mark.num_erased, int) or mark.num_erased < 0:
-        raise unknown_past(f"'{path}', which says of no number how many records were erased")
-    return mark
+    result, num_erased = tree.get("result"), tree.get("num_erased")
+    if not isinstance(result, str) or not isinstance(num_erased, int) or num_erased < 0:
+        raise unknown_past(f"'{path}', which does not say which record tells of it and how many records were erased")
+    return Mark(result, num_erased)
 
 
 def read_lineage(checkpoint: Path) -> Lineage:

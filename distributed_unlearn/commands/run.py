@@ -79,7 +79,11 @@ def _print_verdict(record: RunRecord, console: Console) -> None:
     for sentence in verdict.sentences:
         console.print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
     if last.forget is not None and last.forget.outcome != "forgotten":
-        print_line(console, "  To go on: raise solver.max_steps, or objective.forget_weight; see stop reason and loss.")
+        print_line(
+            console,
+            "  To forget more: raise solver.max_steps, if that is what ended the round (see above), or "
+            "objective.forget_weight.",
+        )
     if last.retain.outcome == "damaged":
         print_line(
             console,

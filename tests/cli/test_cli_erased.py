@@ -231,3 +231,19 @@ def test_a_round_in_place_hands_its_own_past_on(moved: Path, tiny: TinyJob, caps
     succeed(capsys, tiny.run(moved, _from(moved), SECOND, "overwrite=true", "solver.max_steps=1"))
     outcome = succeed(capsys, ["plan", *tiny.run(moved, _from(moved), "overwrite=true", SECOND)[1:]])
     assert "erased before: 6" in outcome.out
+
+
+def test_an_adapter_hands_on_what_it_and_its_base_erased(moved: Path, tiny: TinyJob, tmp_path, capsys):
+    lora, one = "model.adapter={name: lora, rank: 2}", "solver.max_steps=1"
+    base = moved / "checkpoint"
+    succeed(capsys, tiny.run(tmp_path / "b", _from(moved), SECOND, lora, one))
+    assert _record(tmp_path / "b")["num_erased_before"] == 3
+    adapter, third = tmp_path / "b" / "checkpoint", "forget={record_ids: [person-0002-00]}"
+    for opened in ((f"model.path={base}", f"model.adapter={{path: {adapter}}}"), (f"model.path={adapter}",)):
+        outcome = succeed(capsys, ["plan", *tiny.run(tmp_path / "c", *opened, third)[1:]])
+        assert "erased before: 6, in no" in outcome.out
+    # A new adapter on the base of another knows the base's; an adapter without its record is refused.
+    (tmp_path / "b" / "record.json").unlink()
+    assert "erased before: 3" in succeed(capsys, ["plan", *tiny.run(tmp_path / "c", _from(moved), third, lora)[1:]]).out
+    outcome = call(capsys, ["plan", *tiny.run(tmp_path / "c", f"model.path={adapter}", third)[1:]])
+    assert_refused(outcome, 5, "model", "from which 6 record(s) were erased, without", "data.erased")
