@@ -50,6 +50,7 @@ from tests.engine.solver_programs import (
     first_order,
     frozen_export,
     half_precision_steps,
+    refreshed,
     remembering,
     resumed_steps,
 )
@@ -79,6 +80,7 @@ def _sections(worker: Worker, plan: Plan, folder: Path) -> Iterator[tuple[str, A
         yield f"bf16 {stage}", half_precision(worker, plan, stage)
         yield f"bf16 steps {stage}", half_precision_steps(worker, plan, stage)
         yield f"first order {stage}", first_order(worker, plan, stage)
+        yield f"refreshed {stage}", refreshed(worker, plan, stage)
         yield f"remembering {stage}", remembering(worker, plan, stage)
         yield f"explicit {stage}", explicit(worker, plan, stage)
         yield f"frozen export {stage}", frozen_export(worker, plan, stage, folder)

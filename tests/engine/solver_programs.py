@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from distributed_unlearn.config import AdamWConfig, ModelConfig, SaveConfig, SgdConfig
@@ -57,6 +58,24 @@ def first_order(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
         weights = worker.opened.weights.master.clone()
         found[method] = {"starts": starts, "weights": weights, "layout": worker.opened.layout}
     return found
+
+
+def refreshed(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
+    """Steps whose targets follow the ranks of what was last seen."""
+    worker.open_model(ModelConfig(path=str(plan.folder / "odd_llama")), "float32", stage)
+    spec = round_spec(Problem(objective="token_matched", options=(("order", "refreshed"),)))
+    sample = np.linspace(-8.0, 0.0, 40)
+    constants = dataclasses.replace(spec.constants, sample=sample)
+    solver = SgdConfig(method="sgd", gradient_batch=spec.solver.gradient_batch)
+    worker.begin_round(dataclasses.replace(spec, solver=solver, constants=constants))
+    oracle, losses = RemoteOracle(OwnWorker(worker)), []  # type: ignore[arg-type]
+    for step in range(4):
+        losses.append(oracle.begin_step(step, StepSpec(SgdSpec(weight_decay=0.0))).loss)
+        oracle.candidate(0.05)
+        oracle.accept()
+    assert worker._oracle is not None
+    seen = worker._oracle.state_dict()["vectors"]["last_seen_log_odds"]
+    return {"losses": losses, "seen": seen.tolist(), "start": constants.start_log_odds.tolist()}
 
 
 def half_precision_steps(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:

@@ -45,6 +45,16 @@ def plain(checkpoints, corpus):
     return found
 
 
+@everywhere
+def test_refreshed_targets_do_not_depend_on_ranks(world_size, stage, results):
+    """What one rank saw of a token decides, on all ranks, where it goes when another rank draws it next."""
+    one = results.of(1, "refreshed 0")[0]
+    for rank in results.of(world_size, f"refreshed {stage}"):
+        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert rank["seen"] == pytest.approx(one["seen"], abs=1e-3)
+    assert one["seen"] != pytest.approx(one["start"], abs=1e-1), "nothing was seen anew"
+
+
 def _flat(named):
     return torch.cat([named[name].double().reshape(-1) for name in sorted(named)])
 
