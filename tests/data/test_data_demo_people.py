@@ -9,6 +9,8 @@ from transformers import AutoTokenizer
 from distributed_unlearn.config import DataConfig
 from distributed_unlearn.data.corpus import load_records
 from distributed_unlearn.demo.people import generate_people, write_people
+from distributed_unlearn.demo.run import tokenizer_texts
+from distributed_unlearn.demo.settings import demo_settings
 from distributed_unlearn.demo.tokenizer import train_tokenizer
 from distributed_unlearn.errors import ConfigError
 
@@ -87,3 +89,28 @@ def test_tokenizer_tokens_and_round_trip(tmp_path):
 def test_vocabulary_must_hold_all_bytes():
     with pytest.raises(ConfigError, match="258 tokens.*at least 259"):
         train_tokenizer(["a"], 258, 16)
+
+
+def test_the_demo_tokenizer_has_met_nobody_who_is_forgotten_or_held_out():
+    settings = demo_settings(0, short=False)
+    people = generate_people(settings.num_subjects, settings.records_per_subject, settings.seed)
+    unseen = {*settings.forget.subjects, *settings.holdout.subjects}
+    texts = {person["record_id"]: f"{person['question']} {person['answer']}" for person in people}
+    theirs, others = (
+        {
+            word.strip(".,?")
+            for p in people
+            if (p["subject_id"] in unseen) == mine
+            for word in texts[p["record_id"]].split()
+        }
+        for mine in (True, False)
+    )
+    names = {word for word in words[True] - words[False] if word.istitle()}
+    assert len(names) > 100
+
+    def whole(learned):
+        tokenizer = train_tokenizer(learned, settings.vocab_size, settings.context_length)
+        return {name for name in names if len(tokenizer.tokenize(f" {name}")) == 1}
+
+    assert len(whole(texts.values())) > 10  # a tokenizer that met them holds names of theirs as whole tokens
+    assert whole(tokenizer_texts(people, settings)) == set()
