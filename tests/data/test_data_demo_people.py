@@ -96,16 +96,10 @@ def test_the_demo_tokenizer_has_met_nobody_who_is_forgotten_or_held_out():
     people = generate_people(settings.num_subjects, settings.records_per_subject, settings.seed)
     unseen = {*settings.forget.subjects, *settings.holdout.subjects}
     texts = {person["record_id"]: f"{person['question']} {person['answer']}" for person in people}
-    theirs, others = (
-        {
-            word.strip(".,?")
-            for p in people
-            if (p["subject_id"] in unseen) == mine
-            for word in texts[p["record_id"]].split()
-        }
-        for mine in (True, False)
-    )
-    names = {word for word in words[True] - words[False] if word.istitle()}
+    met = {True: set(), False: set()}
+    for person in people:
+        met[person["subject_id"] in unseen].update(word.strip(".,?") for word in texts[person["record_id"]].split())
+    names = {word for word in met[True] - met[False] if word.istitle()}
     assert len(names) > 100
 
     def whole(learned):
