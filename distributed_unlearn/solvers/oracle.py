@@ -96,7 +96,7 @@ class VectorOracle:
             scale=scale,
             weights=self._weights.master,
             decays=self._decays,
-            seed=self._seed * 1_000_003 + step_index,
+            seed=(self._seed * 1_000_003 + step_index) % 2**63,  # what a generator of torch takes
             memory=self._memory,
         )
         self._inner = spec.inner.start(self._problem)
