@@ -105,7 +105,8 @@ class MinibatchObjective:
         if any(need.start_logits for need in needs):
             former = FormerWeights(opened.weights, opened.store.compute_dtype)
             self._start = SegmentStore(opened.layout, opened.communicator, former, opened.store.compute_dtype)
-        self.last_seen = LastSeen(spec.constants) if spec.objective.order == "refreshed" else None
+        follows = spec.objective.order == "refreshed" and self._objective.forget_needs is not None
+        self.last_seen = LastSeen(spec.constants) if follows else None
         """Where targets follow the ranks of log-odds last seen; part of what a round that is taken up again needs."""
         self._constants = spec.constants
         self._gradient_batches: list[MicroBatch] = []
