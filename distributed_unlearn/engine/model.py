@@ -70,7 +70,9 @@ def open_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, communi
     """
     # In the dtype of the files: the fp32 master must start from their values, and what is frozen keeps them.
     config = opened_as(config)
-    stored = torch.bfloat16 if float_dtype(stored_tensors(config)) == torch.bfloat16 else torch.float32
+    # A hub model's files may be on some nodes only, and the ranks must agree.
+    narrow = communicator.all_true(float_dtype(stored_tensors(config)) == torch.bfloat16)
+    stored = torch.bfloat16 if narrow else torch.float32
     model, adapter = load_model(config, stored, zero_stage, communicator.device)
     if stored != torch.float32:
         build_buffers_exactly(model, config)
