@@ -39,6 +39,9 @@ _UNSUPPORTED = {
 }
 """Settings of peft with the one value that is understood here; others change the function or train base weights."""
 
+_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` under which the adapter belongs to a base that peft changes when it inserts it."""
+
 
 @dataclass(frozen=True)
 class InsertedAdapter:
@@ -251,6 +254,9 @@ def _read_settings(adapter: AdapterFolder, config: ModelConfig) -> peft.LoraConf
         value = getattr(settings, name, understood)
         if value != understood and value:
             raise _unusable(adapter, f"{name} is {value!r}")
+    initial = settings.init_lora_weights
+    if isinstance(initial, str) and initial.startswith(_CHANGING_BASE):
+        raise _unusable(adapter, f"init_lora_weights is {initial!r}, which changes the base's weights")
     refuse_other_base(settings.base_model_name_or_path, config.path, adapter.path)
     settings.inference_mode, settings.lora_dropout = False, 0.0
     return settings
