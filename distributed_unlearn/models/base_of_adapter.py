@@ -34,7 +34,9 @@ def opened_as(config: ModelConfig) -> ModelConfig:
             "a base model that can be found",
             "set model.path to the base model and model.adapter to {path: FOLDER} with this folder",
         )
-    return config.model_copy(update={"path": base, "revision": None, "adapter": AdapterFolder(path=config.path)})
+    return config.model_copy(
+        update={"path": expand_home(base), "revision": None, "adapter": AdapterFolder(path=config.path)}
+    )
 
 
 def reference_model(config: ModelConfig, path: str) -> ModelConfig:
