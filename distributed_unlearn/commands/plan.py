@@ -76,7 +76,9 @@ def make_plan(job: JobConfig) -> Plan:
     """
     prepared = prepare(job)
     hf_config = load_model_config(job.model)
-    stored = float_dtype(stored_tensors(opened_as(job.model))) or torch.float32
+    # As the workers open it: frozen weights of float16 files are held in float32.
+    narrow = float_dtype(stored_tensors(opened_as(job.model))) == torch.bfloat16
+    stored = torch.bfloat16 if narrow else torch.float32
     size = measure_model(job.model, hf_config, job.cluster.num_workers, job.cluster.zero_stage, stored)
     if job.train is None and isinstance(job.solver, CureNewtonConfig | PinvNewtonConfig):
         refuse_if_too_large(size.num_trainable, job.solver.max_parameters)

@@ -47,7 +47,7 @@ class ModelSize:
     family: ModelFamily
     num_batch_norms: int
     frozen_dtype: torch.dtype
-    """Of the weights that no update touches: as in the checkpoint's files."""
+    """Of the weights that no update touches: bfloat16 where the checkpoint's files are, else float32."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def measure_model(
         hf_config: its Hugging Face configuration.
         world_size: number of ranks.
         zero_stage: 0 to 3.
-        frozen_dtype: dtype of the checkpoint's files, which frozen weights keep.
+        frozen_dtype: dtype that frozen weights are loaded in.
 
     Raises:
         ModelError: no blocks at stage 3, or a trainable pattern or target module that matches nothing.
