@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distributed_unlearn.config import ModelConfig, ModelTask, SaveConfig
 from distributed_unlearn.curvature.segments import trainable_names
@@ -110,6 +111,7 @@ class Worker:
     def close_model(self) -> None:
         """Drop the model and everything that hangs on it; not collective."""
         self._opened = self._oracle = self._initial = self._round_start = self._trainer = None
+        unset_hf_deepspeed_config()  # a training that failed leaves transformers in ZeRO-3 mode
         gc.collect()
 
     def create_checkpoint(
