@@ -61,8 +61,10 @@ def measure_kept(
         hiddens = held.sizes_of([*trace.inputs, *trace.cuts])
         others = _total(held.sizes_of(tensor for call in trace.calls for tensor in call.tensors()), without=hiddens)
         root_graphs = 0 if product is None else _measure_root(held, recording, sweep)
+    # Blocks may differ in size (a mixture of experts behind a dense first layer, the stages of a ResNet).
+    sizes = [sum(slot.numel for slot in (*part.trainable, *part.frozen)) for part in store.layout.segments[1:]]
     return KeptBytes(
-        weights=root_weights + num_blocks * block.weights,
+        weights=root_weights + (block.weights * sum(sizes) // sizes[0] if num_blocks > 0 and sizes[0] > 0 else 0),
         graphs=root_graphs + num_blocks * block.graphs,
         forward_graphs=sum(hiddens.values()) + others + num_blocks * block.forward_graphs,
         inputs=2 * sum(hiddens.values()) + others,
