@@ -48,7 +48,7 @@ def run_rounds(arguments: argparse.Namespace, console: Console) -> None:
 def _print_manifest(config: ServiceConfig, arguments: argparse.Namespace, console: Console) -> None:
     cron_trigger(config.schedule)  # refused here rather than by whoever reads the manifest
     if arguments.kind == "systemd":
-        text = systemd_unit(config, arguments.service)
+        text = systemd_unit(config, arguments.service, arguments.overrides)
     elif None in (arguments.image, arguments.kubectl_image, arguments.claim):
         raise ConfigError(
             "a manifest for kubernetes without --image, --kubectl-image or --claim",
@@ -57,7 +57,8 @@ def _print_manifest(config: ServiceConfig, arguments: argparse.Namespace, consol
         )
     else:
         images = Images(arguments.image, arguments.kubectl_image, arguments.claim)
-        text = kubernetes_manifest(config, arguments.service, service_job(config).cluster, images)
+        cluster = service_job(config).cluster
+        text = kubernetes_manifest(config, arguments.service, cluster, images, arguments.overrides)
     console.out(text, end="", highlight=False)
 
 

@@ -40,6 +40,11 @@ class Passes:
         self._child: subprocess.Popen[bytes] | None = None
         self._ended = False
 
+    @property
+    def ended(self) -> bool:
+        """Whether no other pass will begin."""
+        return self._ended
+
     def look(self) -> None:
         """Begin what is due. A ledger that does not answer, or a lease that is held, is looked at again next time."""
         try:
@@ -57,6 +62,8 @@ class Passes:
         print_line(self._console, f"{due.tick or 'between ticks'}: {due.why}")
         tick = [] if due.tick is None else ["--tick", due.tick]
         self._child = subprocess.Popen([*self._command, *tick])
+        if self._ended:  # by a signal that came while it was started
+            self._child.terminate()
         code = self._child.wait()
         self._child = None
         print_line(self._console, f"the pass ended with exit code {code}")
@@ -69,7 +76,7 @@ class Passes:
 
 
 def run_schedule(config: ServiceConfig, path: Path, overrides: Sequence[str], console: Console) -> None:
-    """Run until SIGTERM or SIGINT.
+    """Run until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
         ConfigError: job or schedule are unfit; LedgerError: the ledger cannot be opened.
@@ -84,11 +91,14 @@ def run_schedule(config: ServiceConfig, path: Path, overrides: Sequence[str], co
     )
 
     def stop(number: int, frame: FrameType | None) -> None:
+        first = not passes.ended
         passes.end()
-        scheduler.shutdown(wait=True)
+        if first:  # a second signal finds the scheduler shutting down, and only waits with it
+            scheduler.shutdown(wait=True)
 
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, stop)
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(name) is not signal.SIG_IGN:  # nohup
+            signal.signal(name, stop)
     scheduler.add_job(passes.look)  # at once: what was missed or left open while no scheduler ran
     scheduler.add_job(passes.look, trigger)
     if config.schedule.watch_minutes is not None:

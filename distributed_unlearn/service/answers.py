@@ -1,12 +1,14 @@
 """What follows an answer: the certificate of every request that has ended, as an envelope and as a page."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from securesystemslib.signer import CryptoSigner
 from sqlalchemy import insert, select
 
+from distributed_unlearn.errors import LedgerError
 from distributed_unlearn.files import write_text
 from distributed_unlearn.service.canonical import sha256
 from distributed_unlearn.service.certificate import Answer, make_statement, sign_statement
@@ -19,6 +21,7 @@ from distributed_unlearn.service.rounds_book import RoundEntry, erased_by, list_
 from distributed_unlearn.service.states import FINAL_STATES
 from distributed_unlearn.service.tables import CERTIFICATES, REQUESTS
 
+_LOG = logging.getLogger(__name__)
 CERTIFICATES_FOLDER = "certificates"
 
 
@@ -58,8 +61,19 @@ def _issue(
 
 
 def _read_record(root: Path, entry: RoundEntry) -> dict[str, Any] | None:
-    """The round's record; None once its state was purged."""
+    """The round's record; None once its state was purged, and where an older state was not restored from a backup."""
     if entry.folder is None:
         return None
-    found: dict[str, Any] = json.loads((root / entry.folder / "record.json").read_text(encoding="utf-8"))
+    path = root / entry.folder / "record.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        _LOG.warning("'%s' is gone: certificates name its round without its measurements", path)
+        return None
+    except (OSError, ValueError) as error:
+        raise LedgerError(
+            f"the record '{path}', which cannot be read ({type(error).__name__})",
+            "the record as the round wrote it",
+            "restore it from a backup; see docs/runbook.md",
+        ) from error
     return found

@@ -91,7 +91,8 @@ def service_job(config: ServiceConfig) -> JobConfig:
     """The job file of a service, fit for rounds.
 
     Raises:
-        ConfigError: it forgets or trains by itself, saves less than float32, or could not forget if it were asked to.
+        ConfigError: it forgets or trains by itself, saves less than float32, holds whole classes out, or could not
+            forget if it were asked to.
     """
     job = load_job(Path(config.job).expanduser(), list(config.overrides))
     if job.forget is not None or job.rounds is not None or job.train is not None:
@@ -103,6 +104,12 @@ def service_job(config: ServiceConfig) -> JobConfig:
             f"save.dtype {job.save.dtype} in job '{config.job}'",
             "float32 or null",
             "rounds go on from each other's files, and small updates vanish in fewer bits; publish a converted copy",
+        )
+    if job.holdout is not None and job.holdout.classes:
+        raise ConfigError(
+            f"holdout.classes in job '{config.job}'",
+            "subjects, record_ids, ids_file or path",
+            "name the held-out records: a request for one of them is answered by its id, without reading labels",
         )
     asked = {**job.model_dump(), "forget": {"record_ids": ["any"]}}
     parse_job(asked, config.job)  # what a job that forgets must have besides, e.g. a holdout
@@ -120,16 +127,20 @@ def run_pass(service: Service, execute: Execute) -> Pass:
     interrupted, resumed = recover(service)
     schedule_ripe(ledger, lease)
     warn_of_due(service)
-    pending = list_requests(ledger, [RequestState.SCHEDULED if resumed is None else RequestState.IN_ROUND])
-    found = _resolve(service, pending) if pending else Resolution()
+    pending, found = _pending(service, resumed)
+    if resumed is not None and found.erase.keys() != {request.number for request in pending}:
+        # The data has changed meanwhile: a commit would call requests erased whose records the round never saw.
+        _give_up(service, resumed.number, Reason.INTERRUPTED, "its requests name other records than when it began")
+        interrupted, resumed = resumed.number, None
+        pending, found = _pending(service, None)
     if resumed is None and (found.denied or found.already):
         deny(ledger, lease, found.denied, found.already)
     entry, failed = (None, []) if not found.erase else _run_round(service, found, execute, resumed)
     publish(ledger, lease, root)
     certificates = issue_certificates(ledger, lease, root, service.signer)
+    send_outcomes(service)  # before the purge, which may take away what they say
     purged = purge(ledger, lease, service.config.retention, root)
     sign_head(ledger, lease, service.signer)
-    send_outcomes(service)
     used, budget = drift(ledger), service.config.gates.drift_nats
     return Pass(
         interrupted,
@@ -180,6 +191,13 @@ def warn_of_due(service: Service) -> list[ErasureRequest]:
         word = "is overdue since" if request.overdue else "is due at"
         _LOG.warning("request %d %s %s", request.number, word, f"{request.due_at:%Y-%m-%d %H:%M} UTC")
     return pressing
+
+
+def _pending(service: Service, resumed: RoundEntry | None) -> tuple[list[ErasureRequest], Resolution]:
+    """The requests of the open round, or those that are scheduled; and what becomes of them."""
+    state = RequestState.SCHEDULED if resumed is None else RequestState.IN_ROUND
+    pending = list_requests(service.ledger, [state])
+    return pending, _resolve(service, pending) if pending else Resolution()
 
 
 def _resolve(service: Service, pending: Sequence[ErasureRequest]) -> Resolution:

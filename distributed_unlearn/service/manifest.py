@@ -4,8 +4,10 @@ On Kubernetes the CronJob (Forbid) names every Job after its time; that time is 
 twice runs nothing twice. RayCronJob is not used: it is alpha, and has no policy against two at once.
 """
 
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import yaml
 from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.config.service import ServiceConfig
 from distributed_unlearn.errors import ConfigError
+from distributed_unlearn.service.database import ledger_url
 
 NAME = "erasure-rounds"
 _CREATE = r"""set -eu
@@ -43,13 +46,14 @@ class Images:
     """Where the pods see the claim; every path of the service lies below."""
 
 
-def systemd_unit(config: ServiceConfig, path: Path) -> str:
+def systemd_unit(config: ServiceConfig, path: Path, overrides: Sequence[str] = ()) -> str:
     """A unit for `rounds schedule`; systemd restarts it, and it goes on where it was."""
-    words = [sys.executable, "-m", "distributed_unlearn", "rounds", "schedule", str(path.absolute())]
-    command = " ".join('"' + word.replace("%", "%%") + '"' if " " in word or "%" in word else word for word in words)
+    words = [sys.executable, "-m", "distributed_unlearn", "rounds", "schedule", str(path.absolute()), *overrides]
+    command = " ".join(map(_unit_word, words))
     writable = {str(config.root.absolute())}
-    if "://" not in config.ledger_url:
-        writable.add(str(Path(config.ledger_url).expanduser().absolute().parent))
+    url = ledger_url(config.ledger_url)
+    if url.get_backend_name() == "sqlite":
+        writable.add(str(Path(url.database or "").parent))
     return f"""[Unit]
 Description=distributed-unlearn: rounds of erasure
 Wants=network-online.target
@@ -75,7 +79,17 @@ WantedBy=multi-user.target
 """
 
 
-def kubernetes_manifest(config: ServiceConfig, path: Path, cluster: ClusterConfig, images: Images) -> str:
+def _unit_word(word: str) -> str:
+    """A word of `ExecStart`, quoted where systemd would take it for something else."""
+    if re.fullmatch(r"[\w./=:@,+-]+", word, re.ASCII):
+        return word
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{escaped}"'
+
+
+def kubernetes_manifest(
+    config: ServiceConfig, path: Path, cluster: ClusterConfig, images: Images, overrides: Sequence[str] = ()
+) -> str:
     """YAML documents: service account, role, binding, the RayJob as a ConfigMap, and the CronJob.
 
     Raises:
@@ -89,7 +103,7 @@ def kubernetes_manifest(config: ServiceConfig, path: Path, cluster: ClusterConfi
             )
     if cluster.backend != "ray":
         raise ConfigError("cluster.backend in_process in a manifest for KubeRay", "ray", "set cluster.backend: ray")
-    documents = [*_access(), _config_map(path, cluster, images), _cron_job(config, images)]
+    documents = [*_access(), _config_map(path, cluster, images, overrides), _cron_job(config, images)]
     return yaml.safe_dump_all(documents, sort_keys=False)
 
 
@@ -117,12 +131,12 @@ def _access() -> list[dict[str, Any]]:
     ]
 
 
-def ray_job(path: Path, cluster: ClusterConfig, images: Images) -> dict[str, Any]:
+def ray_job(path: Path, cluster: ClusterConfig, images: Images, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The RayJob of one tick; TICK and RAYJOB are filled in when it is created."""
     resources: dict[str, Any] = {"cpu": cluster.cpus_per_worker}
     if cluster.use_gpu != "never":
         resources["nvidia.com/gpu"] = 1
-    command = ["distributed-unlearn", "rounds", "run-once", str(path), "--tick", "TICK"]
+    command = ["distributed-unlearn", "rounds", "run-once", str(path), *overrides, "--tick", "TICK"]
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -172,8 +186,8 @@ def _pod(name: str, images: Images, resources: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _config_map(path: Path, cluster: ClusterConfig, images: Images) -> dict[str, Any]:
-    text = yaml.safe_dump(ray_job(path, cluster, images), sort_keys=False)
+def _config_map(path: Path, cluster: ClusterConfig, images: Images, overrides: Sequence[str]) -> dict[str, Any]:
+    text = yaml.safe_dump(ray_job(path, cluster, images, overrides), sort_keys=False)
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": NAME}, "data": {"rayjob.yaml": text}}
 
 

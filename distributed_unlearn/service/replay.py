@@ -69,7 +69,7 @@ class Replay:
         number = body["request"]
         _require(number == len(self.requests) + 1, f"request {number} after request {len(self.requests)}")
         kept = {key: value for key, value in body.items() if key not in ("request", "names_sha256")}
-        self.requests[number] = {**kept, "state": RequestState.RECEIVED.value, "reason": None, "round": None}
+        self.requests[number] = {**kept, "state": RequestState.RECEIVED.value, "reason": None, "round_id": None}
         self.names[number] = body["names_sha256"]
 
     def _request_moved(self, body: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ class Replay:
         _require(permitted(source, target, Reason(body["reason"])), f"no transition from {source} to {target}")
         if target == RequestState.IN_ROUND:
             _require(body["round"] == self._open, "a round that is not open")
-        request.update(state=target.value, reason=body["reason"], round=body["round"])
+        request.update(state=target.value, reason=body["reason"], round_id=body["round"])
 
     def _round_started(self, body: dict[str, Any]) -> None:
         number = body["round"]

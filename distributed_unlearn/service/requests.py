@@ -6,7 +6,7 @@ an earlier request names already is taken in as well and linked to it.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, func, insert, select, update
@@ -141,7 +141,7 @@ def add_request(ledger: Ledger, new: NewRequest, policy: RequestsConfig, webhook
                     f"see request {known}, or give the new request an external id of its own",
                 )
             return _load(writing.connection, known, writing.now)
-        due = writing.now + timedelta(days=_days(policy, new.policy)) if new.due is None else new.due
+        due = writing.now + timedelta(days=_days(policy, new.policy)) if new.due is None else _in_utc(new.due)
         if due <= writing.now:
             raise RequestError("a due date in the past", "one that is still to come", "correct the due date")
         number = int(writing.connection.execute(select(func.coalesce(func.max(REQUESTS.c.id), 0) + 1)).scalar_one())
@@ -186,6 +186,13 @@ def _expect_outcome(writing: Writing, number: int) -> None:
 
 def _days(config: RequestsConfig, policy: DuePolicy) -> int:
     return config.due_days_california if policy == "california" else config.due_days
+
+
+def _in_utc(due: datetime) -> datetime:
+    try:
+        return due.astimezone(UTC)
+    except OverflowError:
+        raise RequestError("a due date beyond the calendar", "a year from 1 to 9999", "correct the due date") from None
 
 
 def _require_plain(what: str, name: str, longest: int) -> None:

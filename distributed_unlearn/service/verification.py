@@ -17,10 +17,12 @@ from sqlalchemy import Connection, Row, select
 from distributed_unlearn.service.canonical import sha256
 from distributed_unlearn.service.heads import Head
 from distributed_unlearn.service.keys import signature_holds
-from distributed_unlearn.service.ledger import GENESIS, Ledger, entry_hash
+from distributed_unlearn.service.ledger import GENESIS, Ledger, entry_hash, name_hash
 from distributed_unlearn.service.replay import Replay, ReplayError
 from distributed_unlearn.service.requests import AUDITED_COLUMNS, digest_of
 from distributed_unlearn.service.tables import AUDIT, CERTIFICATES, ERASED, LEDGER, NAMES, REQUESTS, ROUNDS, SIGNATURES
+
+_REQUEST_COLUMNS = (*AUDITED_COLUMNS, "state", "reason", "round_id")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def verify_ledger(
             replay = _verify_chain(connection, counts, expected_head)
             _verify_heads(connection, keys, counts)
             _verify_tables(connection, replay)
+            _verify_ids(connection)
             if root is not None:
                 _verify_files(connection, root, counts)
         except _BrokenError as error:
@@ -96,23 +99,40 @@ def _verify_chain(connection: Connection, counts: dict[str, int], expected: tupl
 
 def _verify_heads(connection: Connection, keys: Sequence[Key], counts: dict[str, int]) -> None:
     ledger_id = connection.execute(select(LEDGER.c.ledger_id)).scalar_one()
-    by_id = {key.keyid: key for key in keys}
+    by_id, others = {key.keyid: key for key in keys}, 0
     query = select(SIGNATURES, AUDIT.c.hash).join(AUDIT, AUDIT.c.seq == SIGNATURES.c.seq, isouter=True)
     for row in connection.execute(query.order_by(SIGNATURES.c.seq)):
         if row.hash is None:
             raise _BrokenError(f"audit entry {row.seq}, which was signed, is gone")
         key = by_id.get(row.key_id)
         if key is None:
+            others = row.seq
             continue
         if not signature_holds(key, Head(ledger_id, row.seq, row.hash).text, row.signature):
             raise _BrokenError(f"audit entry {row.seq}: the signature of the head there does not hold")
         counts["heads"] += 1
         counts["signed"] = row.seq
+    if keys and others and not counts["heads"]:
+        raise _BrokenError(f"audit entry {others}: the heads are signed, and none of them by the given key(s)")
+
+
+def _verify_ids(connection: Connection) -> None:
+    """Ids that are not purged must be those whose hashes the trail knows: by them a round finds what it erases."""
+    salt = connection.execute(select(LEDGER.c.salt)).scalar_one()
+    for name in connection.execute(select(NAMES).where(NAMES.c.name.is_not(None)).order_by(NAMES.c.request_id)):
+        if name_hash(salt, name.kind, name.name) != name.name_hash:
+            raise _BrokenError(f"request {name.request_id}: an id is not the one that was received")
+    for row in connection.execute(select(ERASED).where(ERASED.c.record_id.is_not(None)).order_by(ERASED.c.round_id)):
+        if name_hash(salt, "record", row.record_id) != row.record_hash:
+            raise _BrokenError(f"round {row.round_id}: an erased record is not the one that was committed")
+    for row in connection.execute(select(REQUESTS).where(REQUESTS.c.external_id.is_not(None)).order_by(REQUESTS.c.id)):
+        if name_hash(salt, "external", row.external_id) != row.external_id_hash:
+            raise _BrokenError(f"request {row.id}: its external id is not the one that was received")
 
 
 def _verify_tables(connection: Connection, replay: Replay) -> None:
     for row in _rows(connection, REQUESTS):
-        _compare(f"request {row.id}", row, replay.requests.pop(row.id, None), (*AUDITED_COLUMNS, "state", "reason"))
+        _compare(f"request {row.id}", row, replay.requests.pop(row.id, None), _REQUEST_COLUMNS)
     for number, digest in replay.names.items():
         query = select(NAMES.c.name_hash).where(NAMES.c.request_id == number)
         if digest_of(connection.execute(query).scalars()) != digest:
