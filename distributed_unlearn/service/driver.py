@@ -13,7 +13,7 @@ from pathlib import Path
 from securesystemslib.signer import CryptoSigner
 from sqlalchemy import update
 
-from distributed_unlearn.config import JobConfig, SelectionConfig, load_job, parse_job
+from distributed_unlearn.config import AdapterFolder, JobConfig, SelectionConfig, load_job, parse_job
 from distributed_unlearn.config.service import ServiceConfig
 from distributed_unlearn.errors import ConfigError, DataError, ResourceError, UserError, WorkerError
 from distributed_unlearn.provenance import hash_folder
@@ -110,6 +110,12 @@ def service_job(config: ServiceConfig) -> JobConfig:
             f"holdout.classes in job '{config.job}'",
             "subjects, record_ids, ids_file or path",
             "name the held-out records: a request for one of them is answered by its id, without reading labels",
+        )
+    if isinstance(job.model.adapter, AdapterFolder) and job.save.adapter == "merged":
+        raise ConfigError(
+            f"save.adapter merged with an adapter's folder in job '{config.job}'",
+            "save.adapter: adapter",
+            "merged into its base the adapter is gone, and the next round could not go on from it",
         )
     asked = {**job.model_dump(), "forget": {"record_ids": ["any"]}}
     parse_job(asked, config.job)  # what a job that forgets must have besides, e.g. a holdout
@@ -213,7 +219,10 @@ def round_job(service: Service, number: int, record_ids: Sequence[str], resume: 
     if current is not None:
         assert current.folder is not None
         start = str(service.root / current.folder / "checkpoint")
-        model = model.model_copy(update={"path": start, "revision": None})
+        if model.adapter is not None and service.job.save.adapter == "adapter":
+            model = model.model_copy(update={"adapter": AdapterFolder(path=start)})  # the base stays, at its revision
+        else:
+            model = model.model_copy(update={"path": start, "revision": None})
     return service.job.model_copy(
         update={
             "model": model,

@@ -161,8 +161,10 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        # Without the input, which FastAPI would send back and log.
-        complaints = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        # Without the input, which FastAPI would send back and log; the name of an unknown key is input, too.
+        places = [item["loc"][:-1] if item["type"] == "extra_forbidden" else item["loc"] for item in error.errors()]
+        found = zip(places, error.errors(), strict=True)
+        complaints = [f"{'.'.join(map(str, place))}: {item['msg']}" for place, item in found]
         return _problem(422, "request", " | ".join(complaints), "a request as /docs describes it", "correct it")
 
     @app.exception_handler(HTTPException)

@@ -88,6 +88,13 @@ def test_unknown_requests(client, path, status):
     assert client.get("/requests", params={"external_id": "none"}).status_code == 404
 
 
+def test_an_impossible_due_date_and_an_unknown_key_are_refused_without_what_was_sent(client, ledger):
+    late = {"subjects": ["anna"], "due": "9999-12-31T23:59:59-12:00"}
+    assert client.post("/requests", json=late).status_code == 422
+    answer = client.post("/requests", json={"subjects": ["anna"], "bert@example.org": 1})
+    assert answer.status_code == 422 and "bert" not in answer.text and list_requests(ledger) == []
+
+
 def test_a_body_of_unknown_length_is_refused(client):
     assert client.post("/requests", content=iter([b"{}"])).status_code == 413
 

@@ -110,6 +110,10 @@ def _tamper(database: str, sql: str) -> None:
         ("UPDATE requests SET due_at = '2099' WHERE id = 1", "request 1: its due_at"),
         ("DELETE FROM erased_records WHERE request_id = 1", "round 2: its erased records"),
         ("UPDATE request_names SET name_hash = 'x' WHERE request_id = 2", "request 2: its ids"),
+        ("UPDATE request_names SET name = 'row-9' WHERE request_id = 2", "request 2: an id"),
+        ("UPDATE erased_records SET record_id = 'row-9' WHERE request_id = 1", "round 2: an erased record"),
+        ("UPDATE requests SET external_id = 'case-9' WHERE id = 1", "request 1: its external id"),
+        ("UPDATE requests SET round_id = 1 WHERE id = 1", "request 1: its round_id"),
         ("UPDATE rounds SET parent = 1 WHERE id = 2", "round 2: its parent"),
         ("""UPDATE rounds SET files_sha256 = '{}' WHERE id = 2""", "round 2: its list of files"),
         ("UPDATE ledger SET current_round = 1", "the current round is 1"),
@@ -137,6 +141,16 @@ def test_a_trail_that_was_cut_is_found_by_its_signed_or_noted_head(ledger, datab
     assert (
         f"entry {head.seq}, which was noted, is gone" in verify_ledger(ledger, None, [], (head.seq, head.hash)).broken
     )
+
+
+def test_heads_that_none_of_the_given_keys_signed_do_not_verify(ledger, tmp_path):
+    lease = fill(ledger, tmp_path)
+    public = load_public_key(generate_key(tmp_path / "operator.key"))
+    other = load_public_key(generate_key(tmp_path / "other.key"))
+    assert verify_ledger(ledger, None, [other]).broken is None, "nothing is signed yet"
+    sign_head(ledger, lease, load_signer(tmp_path / "operator.key"))
+    assert "none of them by the given key" in verify_ledger(ledger, None, [other]).broken
+    assert verify_ledger(ledger, None, [other, public]).broken is None
 
 
 def test_a_trail_that_was_written_anew_is_found_by_a_noted_hash(ledger, tmp_path):

@@ -105,6 +105,17 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_overrides_are_in_the_commands_and_an_sqlite_url_is_writable(tmp_path):
+    config = _config(folder=str(tmp_path), ledger=f"sqlite:///{tmp_path}/db/ledger.db")
+    text = systemd_unit(config, tmp_path / "service.yaml", ["schedule.cron=0 3 * * mon", "overrides=[a%b$]"])
+    assert text.count(f"ReadWritePaths={tmp_path} {tmp_path}/db\n") == 1
+    assert '/service.yaml "schedule.cron=0 3 * * mon" "overrides=[a%%b$$]"\n' in text
+    arguments = (Path("/erasure/service.yaml"), ClusterConfig(), IMAGES, ["gates.forgotten=partly forgotten"])
+    documents = {part["kind"]: part for part in yaml.safe_load_all(kubernetes_manifest(_config(), *arguments))}
+    entrypoint = yaml.safe_load(documents["ConfigMap"]["data"]["rayjob.yaml"])["spec"]["entrypoint"]
+    assert "service.yaml 'gates.forgotten=partly forgotten' --tick TICK" in entrypoint
+
+
 def test_the_command_prints_them(capsys, tmp_path):
     path = make_service(tmp_path)
     assert "[Service]" in succeed(capsys, ["rounds", "manifest", str(path), "--kind", "systemd"]).out
