@@ -3,11 +3,14 @@
 import base64
 import copy
 import json
+import shutil
 
 import pytest
+import yaml
 from securesystemslib.signer import CryptoSigner
 
-from distributed_unlearn.config.service import RequestsConfig
+from distributed_unlearn.config import AdapterFolder
+from distributed_unlearn.config.service import RequestsConfig, load_service
 from distributed_unlearn.errors import CheckFailedError, ConfigError, DataError
 from distributed_unlearn.provenance import hash_ids
 from distributed_unlearn.service.certificate import (
@@ -21,10 +24,12 @@ from distributed_unlearn.service.certificate_page import certificate_page
 from distributed_unlearn.service.heads import read_head
 from distributed_unlearn.service.keys import generate_key, load_public_key, load_signer
 from distributed_unlearn.service.lease import acquire
+from distributed_unlearn.service.opening import opened
 from distributed_unlearn.service.requests import NewRequest, add_request, get_request, withdraw
 from distributed_unlearn.service.rounds_book import StateFiles, commit_round, schedule_ripe, start_round
 from distributed_unlearn.service.states import Reason, RequestState
 from tests.cli.command_line import assert_refused, call, succeed
+from tests.service.fake_round import FakeRounds, ask, make_service, one_pass
 
 SET = {"num_records": 3, "loss_nats_per_token": 2.5, "exact_memorisation": 0.5, "extraction_strength": None}
 RECORD = {
@@ -180,3 +185,31 @@ def test_key_files_that_are_none_are_refused(tmp_path):
     (tmp_path / "operator.key").chmod(0o640)
     with pytest.raises(ConfigError, match="others can read"):
         load_signer(tmp_path / "operator.key")
+
+
+def _round_for(path, rounds, *record_ids):
+    with opened(load_service(path, [])) as service:
+        number = ask(service, record_ids=record_ids)
+    return number, one_pass(path, rounds)
+
+
+def test_a_request_is_answered_although_an_older_state_is_gone(tmp_path):
+    """As after a restore from a backup of the current state alone."""
+    path = make_service(tmp_path)
+    for name in ("r0", "r1"):
+        _round_for(path, FakeRounds(), name)
+    shutil.rmtree(tmp_path / "service" / "states" / "round-0001")
+    again, found = _round_for(path, FakeRounds(), "r0")
+    assert found.certificates == (again,)
+
+
+def test_a_round_of_an_adapter_goes_on_from_the_adapter_on_its_base(tmp_path):
+    path, rounds = make_service(tmp_path), FakeRounds()
+    job = yaml.safe_load((tmp_path / "job.yaml").read_text())
+    job["model"]["adapter"] = {"name": "lora"}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    for name in ("r0", "r1"):
+        _round_for(path, rounds, name)
+    first, second = (found.model for found in rounds.jobs)
+    assert first.path == second.path and isinstance(second.adapter, AdapterFolder)
+    assert second.adapter.path == str(tmp_path / "service" / "states" / "round-0001" / "checkpoint")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 import time
 from datetime import UTC, datetime
@@ -12,7 +11,6 @@ import pytest
 import yaml
 from sqlalchemy import select
 
-from distributed_unlearn.config import AdapterFolder
 from distributed_unlearn.config.service import GatesConfig, RetentionConfig, load_service
 from distributed_unlearn.errors import ConfigError, LeaseError, NumericalError, WorkerError
 from distributed_unlearn.service.certificate import verify_certificate
@@ -210,28 +208,6 @@ def test_an_open_round_whose_records_are_gone_is_rolled_back(path, tmp_path):
     found = one_pass(path, FakeRounds())
     assert (found.interrupted, found.round, found.denied) == (1, None, (number,))
     _verified(path)
-
-
-def test_a_round_of_an_adapter_goes_on_from_the_adapter_on_its_base(path, tmp_path):
-    job = yaml.safe_load((tmp_path / "job.yaml").read_text())
-    job["model"]["adapter"] = {"name": "lora"}
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-    rounds = FakeRounds()
-    for name in ("r0", "r1"):
-        _ask(path, record_ids=(name,))
-        one_pass(path, rounds)
-    first, second = (found.model for found in rounds.jobs)
-    assert first.path == second.path and isinstance(second.adapter, AdapterFolder)
-    assert second.adapter.path == str(tmp_path / "service" / "states" / "round-0001" / "checkpoint")
-
-
-def test_a_request_is_answered_although_an_older_state_is_gone(path, tmp_path):
-    for name in ("r0", "r1"):
-        _ask(path, record_ids=(name,))
-        one_pass(path, FakeRounds())
-    shutil.rmtree(tmp_path / "service" / "states" / "round-0001")
-    again = _ask(path, record_ids=("r0",))
-    assert one_pass(path, FakeRounds()).certificates == (again,)
 
 
 def test_a_round_with_a_state_is_gone_on_with(path):
