@@ -124,7 +124,10 @@ def _require_columns(config: DataConfig, table: Table, require_ids: bool) -> Non
 
 
 def identities(config: DataConfig, table: Table) -> Callable[[Row, int], Identity]:
-    """What tells a row's id, `row-<index>` where the data has none, and whose record it is.
+    """What tells a row's id, and whose record it is.
+
+    Where the data has no ids, a row's is `row-<number>`, its number among all rows of its source: the same in every
+    slice of a split, so that a later job with another slice knows what an earlier one erased.
 
     The function raises:
         DataError: an empty id, or one that is neither text nor a whole number.
@@ -133,7 +136,7 @@ def identities(config: DataConfig, table: Table) -> Callable[[Row, int], Identit
 
     def identify(row: Row, index: int) -> Identity:
         place = table.place(index)
-        record_id = f"row-{index}"
+        record_id = f"row-{table.number(index)}"
         if has_ids:
             if row.get(config.id_field) in (None, ""):
                 raise DataError(

@@ -67,6 +67,10 @@ class Table:
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         return self._parts[number], position - int(self._starts[number])
 
+    def number(self, index: int) -> int:
+        """The number of row `index` among all rows of its source, from 0, whatever the split takes of them."""
+        return int(self._indices[index])
+
     def place(self, index: int) -> str:
         """Where row `index` stands, for an error: file and line, never its text."""
         part, at = self._at(index)
@@ -116,7 +120,7 @@ def open_rows(config: DataConfig) -> Iterator[Table]:
     local = [path for path in paths if _is_local(path)]
     with tempfile.TemporaryDirectory(prefix="distributed-unlearn-") as cache, quiet_datasets():
         if not local:
-            table = Table([_from_hub(config, path, cache) for path in paths])
+            table = _hub_table(config, paths, cache)
         elif len(local) < len(paths):
             raise ConfigError("data.path with files and names of the Hub", "one or the other", "load them in two jobs")
         else:
@@ -150,12 +154,20 @@ def _is_local(path: str) -> bool:
     return found.exists() or found.is_absolute() or path.startswith((".", "~")) or found.suffix.lower() in READERS
 
 
-def _from_hub(config: DataConfig, path: str, cache: str) -> _Part:
+def _hub_table(config: DataConfig, paths: Sequence[str], cache: str) -> Table:
+    base = config.split.split("[")[0]
+    if len(paths) > 1 or "+" in config.split:
+        return Table([_from_hub(config, path, config.split, cache) for path in paths])
+    # The slice is taken here, so that a row has the same number in every slice of its split.
+    return _split_table([_from_hub(config, paths[0], base, cache)], config.split, {base})
+
+
+def _from_hub(config: DataConfig, path: str, split: str, cache: str) -> _Part:
     """A data set of the Hub, or a local folder that only `datasets` can read, e.g. of images."""
     local = Path(path).is_dir()
     arguments = {"cache_dir": cache, "keep_in_memory": True} if local else {}
     try:
-        return _Part(path, datasets.load_dataset(path, name=config.name, split=config.split, **arguments), None)
+        return _Part(path, datasets.load_dataset(path, name=config.name, split=split, **arguments), None)
     except Exception as error:
         # Whatever `datasets` raises (its parsers raise a dozen types) may quote text: keep its type, drop the rest.
         raise DataError(
@@ -196,7 +208,7 @@ def _folder_table(config: DataConfig, folder: Path, cache: str) -> Table:
     files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in READERS and path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if config.format == "image" or not files or config.name is not None:
-        return Table([_from_hub(config, str(folder), cache)])
+        return _hub_table(config, [str(folder)], cache)
     splits: dict[str, list[Path]] = {}
     for path in files:
         words = re.split(r"[^a-z]+", path.relative_to(folder).as_posix().lower())

@@ -239,3 +239,11 @@ def test_progress_bars_stay_as_the_caller_had_them(tmp_path, capfd):
     load_records(DataConfig(path=write_jsonl(tmp_path / "a.jsonl", QUESTION_ROWS)))
     assert not datasets.are_progress_bars_disabled() and datasets.logging.get_verbosity() == verbosity
     assert "examples" not in capfd.readouterr().err
+
+
+def test_rows_without_ids_are_called_the_same_in_every_slice(tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"a{i}"}) + "\n" for i in range(8)))
+    for split, numbers in (("train", range(8)), ("train[2:5]", (2, 3, 4)), ("train[:2]+train[6:]", (0, 1, 6, 7))):
+        found = load_records(DataConfig(path=str(path), split=split))
+        assert [(record.record_id, record.answer) for record in found] == [(f"row-{i}", f"a{i}") for i in numbers]
