@@ -25,8 +25,8 @@ from distributed_unlearn.config import (
     ModelConfig,
     ObjectiveConfig,
     SaveConfig,
+    SCureNewtonConfig,
     SelectionConfig,
-    SolverConfig,
     StopConfig,
 )
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
@@ -81,7 +81,7 @@ def _run(group: WorkerGroup, tiny: TinyJob, prepared: PreparedData, folder: Path
         retain=prepared.partition.retain(0),
         holdout=prepared.partition.holdout,
         objective=ObjectiveConfig(name="graddiff"),
-        solver=SolverConfig(
+        solver=SCureNewtonConfig(
             inner="krylov",
             metric="identity",
             max_krylov_steps=3,

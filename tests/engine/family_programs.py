@@ -78,7 +78,7 @@ def open_adapters(place: Place, folder: Path) -> None:
             "copies": None if stage == 3 else weights._frozen,
             "master": weights.master.dtype,
             "used": weights.segment_weights(segments[0])["model.embed_tokens.weight"],
-            "exact": weights.exact_segment_weights(segments[0])["model.embed_tokens.weight"],
+            "exact": weights.master_segment_weights(segments[0])["model.embed_tokens.weight"],
         }
         if dtype == "float32":
             weights.set_master(weights.master + 0.1 * worker.opened.space.random_normal(weights.master, 2))
