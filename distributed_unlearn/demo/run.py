@@ -5,7 +5,7 @@ It writes its records and an untrained model, then runs jobs over them as any us
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from distributed_unlearn.cluster.open import open_group
 from distributed_unlearn.commands.run import run_job
 from distributed_unlearn.config import ClusterConfig, JobConfig, StopConfig
 from distributed_unlearn.demo.jobs import DemoJobs
-from distributed_unlearn.demo.people import PersonRecord, generate_people, write_people
+from distributed_unlearn.demo.people import generate_people, write_people
 from distributed_unlearn.demo.settings import Baseline, DemoSettings, baselines
 from distributed_unlearn.demo.tokenizer import train_tokenizer
 from distributed_unlearn.errors import ConfigError
@@ -88,22 +88,21 @@ def run_demo(settings: DemoSettings, cluster: ClusterConfig, folder: Path, overw
     console.print(f"written: {folder / 'summary.json'}, {folder / 'report.html'}", markup=False, highlight=False)
 
 
-def tokenizer_texts(people: Sequence[PersonRecord], settings: DemoSettings) -> list[str]:
-    """What the demo's tokenizer learns its merges from: all but those to be forgotten and those held out.
+def tokenizer_texts(settings: DemoSettings) -> list[str]:
+    """What the demo's tokenizer learns its merges from: other made-up people, none of the demo's own.
 
-    A pretrained tokenizer has met neither. One that had would hold their names as whole tokens, which no update of
-    weights removes.
+    A pretrained tokenizer has met nobody whose records a model is fine-tuned on. One that had would hold their names as
+    whole tokens, which no update of weights removes; and one that had met all but those to be forgotten and held out
+    would spell the names of these alone in letters that training hardly sees.
     """
-    unseen = {*settings.forget.subjects, *settings.holdout.subjects}
-    return [f"{person['question']} {person['answer']}" for person in people if person["subject_id"] not in unseen]
+    others = generate_people(settings.num_subjects, settings.records_per_subject, settings.seed + 1_000_003)
+    return [f"{person['question']} {person['answer']}" for person in others]
 
 
 def create_initial(settings: DemoSettings, workers: Workers, folder: Path) -> None:
     """Write the records and an untrained model with its tokenizer, where everything that follows looks for them."""
     write_people(folder / "records.jsonl", settings.num_subjects, settings.records_per_subject, settings.seed)
-    people = generate_people(settings.num_subjects, settings.records_per_subject, settings.seed)
-    texts = tokenizer_texts(people, settings)
-    tokenizer = train_tokenizer(texts, settings.vocab_size, settings.context_length)
+    tokenizer = train_tokenizer(tokenizer_texts(settings), settings.vocab_size, settings.context_length)
     special = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,

@@ -91,20 +91,17 @@ def test_vocabulary_must_hold_all_bytes():
         train_tokenizer(["a"], 258, 16)
 
 
-def test_the_demo_tokenizer_has_met_nobody_who_is_forgotten_or_held_out():
+def test_the_demo_tokenizer_has_met_nobody_of_the_demo():
     settings = demo_settings(0, short=False)
     people = generate_people(settings.num_subjects, settings.records_per_subject, settings.seed)
-    unseen = {*settings.forget.subjects, *settings.holdout.subjects}
-    texts = {person["record_id"]: f"{person['question']} {person['answer']}" for person in people}
-    met = {True: set(), False: set()}
-    for person in people:
-        met[person["subject_id"] in unseen].update(word.strip(".,?") for word in texts[person["record_id"]].split())
-    names = {word for word in met[True] - met[False] if word.istitle()}
-    assert len(names) > 100
+    texts = [f"{person['question']} {person['answer']}" for person in people]
+    words = {text.split()[0] for text in texts} | {word for text in texts for word in text.split() if word.islower()}
+    names = {word.strip(".,?") for text in texts for word in text.split()[1:] if word.strip(".,?").istitle()} - words
+    assert len(names) > 500
 
     def whole(learned):
         tokenizer = train_tokenizer(learned, settings.vocab_size, settings.context_length)
         return {name for name in names if len(tokenizer.tokenize(f" {name}")) == 1}
 
-    assert len(whole(texts.values())) > 10  # a tokenizer that met them holds names of theirs as whole tokens
-    assert whole(tokenizer_texts(people, settings)) == set()
+    assert len(whole(texts)) > 100  # a tokenizer that met them holds names of theirs as whole tokens
+    assert len(whole(tokenizer_texts(settings))) < 10  # short ones can be a syllable of others
