@@ -95,13 +95,16 @@ def test_the_demo_tokenizer_has_met_nobody_of_the_demo():
     settings = demo_settings(0, short=False)
     people = generate_people(settings.num_subjects, settings.records_per_subject, settings.seed)
     texts = [f"{person['question']} {person['answer']}" for person in people]
-    words = {text.split()[0] for text in texts} | {word for text in texts for word in text.split() if word.islower()}
-    names = {word.strip(".,?") for text in texts for word in text.split()[1:] if word.strip(".,?").istitle()} - words
+    owners: dict[str, set[str]] = {}
+    for person, text in zip(people, texts, strict=True):
+        for word in text.split():
+            owners.setdefault(word.strip(".,?"), set()).add(person["subject_id"])
+    names = {word for word, subjects in owners.items() if word.istitle() and len(subjects) == 1}
     assert len(names) > 500
 
     def whole(learned):
         tokenizer = train_tokenizer(learned, settings.vocab_size, settings.context_length)
         return {name for name in names if len(tokenizer.tokenize(f" {name}")) == 1}
 
-    assert len(whole(texts)) > 100  # a tokenizer that met them holds names of theirs as whole tokens
+    assert len(whole(texts)) > 50  # a tokenizer that met them holds names of theirs as whole tokens
     assert len(whole(tokenizer_texts(settings))) < 10  # short ones can be a syllable of others
