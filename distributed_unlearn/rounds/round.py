@@ -145,7 +145,7 @@ def _take_steps(
         record = solver.step(index)
         if not np.isfinite(record.loss) or not np.isfinite(record.gradient_norm):
             raise NumericalError(
-                f"loss {record.loss} and gradient norm {record.gradient_norm} at step {index} of round "
+                f"loss {record.loss} and gradient norm {record.gradient_norm} at step {index + 1} of round "
                 f"{task.round_index + 1}",
                 "finite values",
                 "the weights are as before the step; use float32, a smaller learning rate or a bounded objective",

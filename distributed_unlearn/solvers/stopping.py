@@ -72,7 +72,7 @@ class StoppingRule:
         """A short sentence that says why to stop after this step, or None to go on.
 
         Args:
-            step: index of the step just taken, for the sentence.
+            step: index of the step just taken, from 0; the sentence counts from 1.
             forget_loss_distance: mean over forget records of |record's mean answer loss - holdout loss|, nats per
                 token; None when it was not measured, which counts as not matching.
             retain_loss: on a fixed sample of the retain set, nats per token. NaN in either loss never stops.
@@ -83,7 +83,7 @@ class StoppingRule:
             self._num_consecutive = self._num_consecutive + 1 if matches and retain_loss <= self._retain_limit else 0
             if forget_loss_distance is not None and self._num_consecutive >= self._patience:
                 return (
-                    f"after step {step} {self._matched(forget_loss_distance)} and the retain loss {retain_loss:.3f} "
+                    f"after step {step + 1} {self._matched(forget_loss_distance)} and the retain loss {retain_loss:.3f} "
                     f"is at most {self._retain_limit:.3f}, for {self._num_consecutive} consecutive steps"
                 )
         return self.timeout(step, elapsed_seconds)
@@ -103,7 +103,8 @@ class StoppingRule:
     def timeout(self, step: int, elapsed_seconds: float) -> str | None:
         """The part of the rule that needs no loss: `max_seconds`, or None to go on."""
         if self._max_seconds is not None and elapsed_seconds >= self._max_seconds:
-            return f"max_seconds: {elapsed_seconds:.1f} s of {self._max_seconds:.1f} s were used up after step {step}"
+            seconds = f"{elapsed_seconds:.1f} s of {self._max_seconds:.1f} s"
+            return f"max_seconds: {seconds} were used up after step {step + 1}"
         return None
 
 

@@ -27,7 +27,7 @@ def test_patience_counts_consecutive_steps() -> None:
     assert stopping.update(3, 0.10, 0.16, 4.0) is None  # retain too high: starts again
     assert stopping.update(4, 0.10, 0.12, 5.0) is None
     reason = stopping.update(5, 0.12, 0.14, 6.0)
-    assert reason is not None and "step 5" in reason and "0.120" in reason and "2 consecutive" in reason
+    assert reason is not None and "after step 6 " in reason and "0.120" in reason and "2 consecutive" in reason
 
 
 def test_no_holdout_loss_and_no_measurement_never_match() -> None:
