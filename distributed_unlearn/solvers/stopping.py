@@ -83,8 +83,9 @@ class StoppingRule:
             self._num_consecutive = self._num_consecutive + 1 if matches and retain_loss <= self._retain_limit else 0
             if forget_loss_distance is not None and self._num_consecutive >= self._patience:
                 return (
-                    f"after step {step + 1} {self._matched(forget_loss_distance)} and the retain loss {retain_loss:.3f} "
-                    f"is at most {self._retain_limit:.3f}, for {self._num_consecutive} consecutive steps"
+                    f"after step {step + 1} {self._matched(forget_loss_distance)} and the retain loss "
+                    f"{retain_loss:.3f} is at most {self._retain_limit:.3f}, "
+                    f"for {self._num_consecutive} consecutive steps"
                 )
         return self.timeout(step, elapsed_seconds)
 

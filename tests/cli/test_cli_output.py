@@ -61,7 +61,7 @@ def test_a_gradient_that_is_nan_is_refused_before_the_weights_change(tiny: TinyJ
     monkeypatch.setattr(MinibatchObjective, "gradient", spoil)
     monkeypatch.setattr(ShardedOracle, "candidate", lambda self, *values: changed.append(1))
     outcome = call(capsys, tiny.run(tmp_path / "out"))
-    assert_refused(outcome, 7, "numerics", "gradient norm nan at step 0 of round 1")
+    assert_refused(outcome, 7, "numerics", "gradient norm nan at step 1 of round 1")
     assert changed == []
     _assert_no_result(tmp_path / "out")
 
