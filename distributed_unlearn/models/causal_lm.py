@@ -36,11 +36,6 @@ class CausalLM:
         """The decoder's layers."""
         return no_split_blocks(model)
 
-    def head(self, model: nn.Module) -> nn.Module | None:
-        """The output embedding."""
-        found = model.get_output_embeddings()  # type: ignore[operator]
-        return found if isinstance(found, nn.Module) else None
-
     def context_length(self, hf_config: Any) -> int | None:
         """`max_position_embeddings` of the text part."""
         return int(getattr(hf_config.get_text_config(), "max_position_embeddings", 0) or 0) or None

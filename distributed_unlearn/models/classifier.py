@@ -41,10 +41,6 @@ class SequenceClassifier:
         """The transformer's layers."""
         return layered_blocks(model)
 
-    def head(self, model: nn.Module) -> nn.Module | None:
-        """None: a class is predicted once a record, so no rows need to be chosen before the head."""
-        return None
-
     def context_length(self, hf_config: Any) -> int | None:
         """`max_position_embeddings` of the text part."""
         return int(getattr(hf_config.get_text_config(), "max_position_embeddings", 0) or 0) or None
@@ -102,10 +98,6 @@ class ImageClassifier:
     def blocks(self, model: nn.Module) -> Blocks:
         """The network's layers, or those of its stages."""
         return layered_blocks(model)
-
-    def head(self, model: nn.Module) -> nn.Module | None:
-        """None: a class is predicted once a record."""
-        return None
 
     def context_length(self, hf_config: Any) -> int | None:
         """None."""

@@ -88,10 +88,6 @@ class ModelFamily(Protocol):
         """The modules that become segments, or why there are none."""
         ...
 
-    def head(self, model: nn.Module) -> nn.Module | None:
-        """The module from hidden states to logits, row by row; None where there is no such module."""
-        ...
-
     def context_length(self, hf_config: Any) -> int | None:
         """Tokens that a record may have; None where the notion does not exist or there is no limit."""
         ...
