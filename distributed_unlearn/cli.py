@@ -115,6 +115,13 @@ def _ask_for_patience(number: int, frame: FrameType | None) -> None:
     os.write(2, b"ending: wait until the workers have ended\n")
 
 
+def _ignore_stops() -> None:
+    """Once a signal has been obeyed: while Python shuts down it puts default handlers back, and another would kill."""
+    for name in _STOPS:
+        if signal.getsignal(name) is _ask_for_patience:
+            signal.signal(name, signal.SIG_IGN)
+
+
 @contextmanager
 def _stops_in_order() -> Iterator[None]:
     """Handle the signals that end a run, for the length of the block; one that the shell ignores (nohup) stays so.
@@ -200,10 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"  to fix it: {error.remedy}", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
+        _ignore_stops()
         errors.print("interrupted; nothing was left half-written", highlight=False)
         return 130
     except SystemExit as error:
         if error.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP):
+            _ignore_stops()
             errors.print("terminated; nothing was left half-written", highlight=False)
         raise
 

@@ -147,7 +147,7 @@ def started(command: Sequence[str], folder: Path, extra: dict[str, str] | None =
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                preexec_fn=_heed_signals,
+                preexec_fn=heed_signals,
             )
         running = Running(process, folder, mark)
         try:
@@ -169,7 +169,7 @@ def _watchdog(mark: str, scratch: str) -> Iterator[None]:
             watchdog.kill()  # only while we live
 
 
-def _heed_signals() -> None:
+def heed_signals() -> None:
     """In the command, before it is one: a test run in the background (nohup, a shell's &) ignores some signals."""
     for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(name, signal.SIG_DFL)
