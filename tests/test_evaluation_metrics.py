@@ -17,7 +17,16 @@ def scores(accuracy: float) -> SetScores:
 def test_score_set_is_a_mean_over_records_of_means_over_tokens():
     # Record losses 2/1 = 2 and 10/10 = 1: mean 1.5, where pooling would give 12/11. Correct 1/1 and 5/10: mean 0.75.
     found = score_set(np.array([2.0, 10.0]), np.array([1, 10]), np.array([1, 5]))
-    assert found == SetScores(num_records=2, num_answer_tokens=11, loss_nats_per_token=1.5, exact_memorisation=0.75)
+    expected = SetScores(num_records=2, num_answer_tokens=11, loss_nats_per_token=1.5, exact_memorisation=0.75)
+    assert dataclasses.replace(found, loss_quantiles=None) == expected
+
+
+def test_score_set_keeps_how_record_losses_are_spread():
+    # Record losses 2, 1 and 4, in order 1, 2, 4: least, median and greatest; a quarter of the way up lies at 1.5.
+    found = score_set(np.array([2.0, 10.0, 4.0]), np.array([1, 10, 1]), np.array([1, 5, 0])).loss_quantiles
+    assert found is not None and len(found) == 51
+    assert (found[0], found[25], found[50]) == (1.0, 2.0, 4.0)
+    assert found[12] == pytest.approx(1.0 + 0.24 * 2) and list(found) == sorted(found)
 
 
 def test_score_set_does_not_depend_on_dtype_or_order():

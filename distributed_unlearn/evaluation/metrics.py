@@ -9,12 +9,16 @@ from numpy.typing import ArrayLike, NDArray
 from distributed_unlearn.errors import DataError, NumericalError
 from distributed_unlearn.records import SetScores
 
+QUANTILES = np.linspace(0.0, 1.0, 51)
+"""Of `SetScores.loss_quantiles`."""
+
 
 def score_set(nll: ArrayLike, num_tokens: ArrayLike, num_correct: ArrayLike) -> SetScores:
     """Mean answer loss and exact memorisation of one model on one set, from sums over each record's answer.
 
     `loss = (1/n) sum_i nll_i / L_i` and `exact_memorisation = (1/n) sum_i num_correct_i / L_i`: means over records
-    of per-record means, not pooled over tokens, so a long answer counts as much as a short one.
+    of per-record means, not pooled over tokens, so a long answer counts as much as a short one. The quantiles are those
+    of the per-record means, between neighbours linear.
 
     Args:
         nll: Shape [n], sum over the record's answer tokens of `-log p`, nats.
@@ -46,6 +50,7 @@ def score_set(nll: ArrayLike, num_tokens: ArrayLike, num_correct: ArrayLike) -> 
         num_answer_tokens=int(tokens.sum()),
         loss_nats_per_token=float((losses / tokens).mean()),
         exact_memorisation=float((correct / tokens).mean()),
+        loss_quantiles=tuple(np.quantile(losses / tokens, QUANTILES).tolist()),
     )
 
 
