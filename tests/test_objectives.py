@@ -15,15 +15,15 @@ from distributed_unlearn.objectives.record_terms import NegativePreferenceTerm
 from distributed_unlearn.objectives.terms import Needs
 
 HOLDOUT = 1.3
-WEIGHTS = {"retain_weight": 0.7, "forget_weight": 1.9, "beta": 0.4, "huber_delta": 0.5}
+WEIGHTS = {"retain_weight": 0.7, "forget_weight": 1.9}
 CONFIGS = {
     "retain": ObjectiveConfig(name="retain", **WEIGHTS),
     "gradient_ascent": ObjectiveConfig(name="gradient_ascent", **WEIGHTS),
     "graddiff": ObjectiveConfig(name="graddiff", **WEIGHTS),
-    "npo": ObjectiveConfig(name="npo", **WEIGHTS),
-    "simnpo": ObjectiveConfig(name="simnpo", **WEIGHTS),
-    "huber": ObjectiveConfig(name="holdout_matched", penalty="huber", **WEIGHTS),
-    "squared": ObjectiveConfig(name="holdout_matched", penalty="squared", **WEIGHTS),
+    "npo": ObjectiveConfig(name="npo", beta=0.4, **WEIGHTS),
+    "simnpo": ObjectiveConfig(name="simnpo", beta=0.4, **WEIGHTS),
+    "huber": ObjectiveConfig(name="holdout_matched", penalty="huber", huber_delta=0.5, **WEIGHTS),
+    "squared": ObjectiveConfig(name="holdout_matched", penalty="squared", huber_delta=0.5, **WEIGHTS),
 }
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -29,12 +29,12 @@ from tests.classifiers import FORGET, NUM_RECORDS, RETAIN, corpus_for, tiny_clas
 from tests.families import VOCABULARY, random_batch, tiny_model
 
 TOTALS = MinibatchTotals(num_forget_records=2, num_retain_records=2, num_forget_tokens=5, num_retain_tokens=4)
-WEIGHTS = {"retain_weight": 0.7, "forget_weight": 1.9, "undial_strength": 3.0}
+WEIGHTS = {"retain_weight": 0.7, "forget_weight": 1.9}
 CONFIGS = {
     "token_matched": ObjectiveConfig(name="token_matched", **WEIGHTS),
     "token and loss": ObjectiveConfig(name="token_matched", retain="loss", huber_delta=0.5, **WEIGHTS),
     "token and kl": ObjectiveConfig(name="token_matched", retain="kl", alternatives_weight=0.6, **WEIGHTS),
-    "undial": ObjectiveConfig(name="undial", **WEIGHTS),
+    "undial": ObjectiveConfig(name="undial", undial_strength=3.0, **WEIGHTS),
     "delete": ObjectiveConfig(name="delete", retain="kl", **WEIGHTS),
 }
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

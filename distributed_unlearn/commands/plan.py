@@ -19,11 +19,16 @@ from distributed_unlearn.config import (
     CureNewtonConfig,
     DampedNewtonConfig,
     JobConfig,
+    ObjectiveConfig,
     PinvNewtonConfig,
+    PublishedConfig,
+    RetrainConfig,
+    ScrubConfig,
     SCureNewtonConfig,
     SecondOrderConfig,
     SgdConfig,
-    SolverConfig,
+    SteppingConfig,
+    TrainingSettings,
 )
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.data.sampling import num_micro_batches
@@ -41,6 +46,7 @@ from distributed_unlearn.engine.training import plan_training
 from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.checkpoint import load_model_config
 from distributed_unlearn.models.stored import float_dtype, stored_tensors
+from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.report.tables import facts_table
 from distributed_unlearn.rounds.preparation import prepare, training_records
 from distributed_unlearn.solvers.inner.explicit import refuse_if_too_large
@@ -82,8 +88,7 @@ def make_plan(job: JobConfig) -> Plan:
     size = measure_model(job.model, hf_config, job.cluster.num_workers, job.cluster.zero_stage, stored)
     if job.train is None and isinstance(job.solver, CureNewtonConfig | PinvNewtonConfig):
         refuse_if_too_large(size.num_trainable, job.solver.max_parameters)
-    rows = (_unlearning_rows if job.train is None else _training_rows)(size, hf_config, job, prepared)
-    found = [PlanRow(*row) for row in (*_model_rows(size, job), *rows)]
+    found = [PlanRow(*row) for row in (*_model_rows(size, job), *_job_rows(size, hf_config, job, prepared))]
     return Plan(prepared, tuple(found), size.fallback_reason, size.num_batch_norms)
 
 
@@ -102,10 +107,21 @@ def run_plan(job: JobConfig, console: Console) -> None:
     console.print("the job is valid; nothing was loaded or written", highlight=False)
 
 
-def _num_vectors(solver: SolverConfig) -> int:
+def _job_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: PreparedData) -> list[Row]:
+    solver = job.solver
+    if job.train is not None:
+        return _training_rows(size, hf_config, job, job.train, prepared, len(training_records(job, prepared)))
+    if isinstance(solver, RetrainConfig):
+        rounds, retain = len(prepared.partition.forget_rounds), len(prepared.partition.retain(0))
+        rows = _training_rows(size, hf_config, job, solver, prepared, retain)
+        return [("rounds", f"{rounds}", "each trains anew, from data.base_model; counts are the first's"), *rows]
+    return _unlearning_rows(size, hf_config, job, solver, prepared)
+
+
+def _num_vectors(solver: SteppingConfig) -> int:
     """Parameter vectors that a rank holds at once; of second-order methods gradient, work, update and undo copy."""
     match solver:
-        case AdamWConfig():
+        case AdamWConfig() | PublishedConfig() | ScrubConfig():
             return 4  # gradient, two moments, update
         case SgdConfig():
             return 3 if solver.momentum > 0.0 else 2
@@ -124,14 +140,22 @@ def _num_vectors(solver: SolverConfig) -> int:
             return 4 + _remainder_vectors(solver)
 
 
-def _remainder_vectors(solver: SolverConfig) -> int:
+def _remainder_vectors(solver: SteppingConfig) -> int:
     """One more where accepted steps measure the model's error on the curvature minibatch: its gradient."""
     if not isinstance(solver, CubicConfig) or not solver.adaptive or solver.adaptation != "interpolated":
         return 0
     return int(solver.curvature_batch < solver.gradient_batch)
 
 
-def _num_products(solver: SolverConfig, num_trainable: int) -> int:
+def _num_teacher_passes(objective: ObjectiveConfig, solver: SteppingConfig) -> int:
+    """Forward passes of a step at the round's first weights: one for each minibatch, where the objective reads them."""
+    built = build_objective(objective, 0.0)
+    if not any(needs is not None and needs.start_logits for needs in (built.forget_needs, built.retain_needs)):
+        return 0
+    return 1 + (isinstance(solver, SecondOrderConfig) and solver.curvature_batch < solver.gradient_batch)
+
+
+def _num_products(solver: SteppingConfig, num_trainable: int) -> int:
     """Exact products of a step, at most (rejections of gradient_descent add to it)."""
     match solver:
         case SCureNewtonConfig(inner="krylov"):
@@ -161,10 +185,12 @@ def _gib(value: int) -> str:
     return f"{value / 2**30:.3f} GiB"
 
 
-def _unlearning_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: PreparedData) -> list[Row]:
+def _unlearning_rows(
+    size: ModelSize, hf_config: Any, job: JobConfig, solver: SteppingConfig, prepared: PreparedData
+) -> list[Row]:
     dtype: torch.dtype = getattr(torch, job.model.dtype)
     stage, micro = job.cluster.zero_stage, job.curvature.micro_batch_size
-    solver, world = job.solver, job.cluster.num_workers
+    world = job.cluster.num_workers
     curvature_batch = solver.curvature_batch if isinstance(solver, SecondOrderConfig) else 0
     # A pass holds the block inputs of all its micro-batches, a product their tangents too.
     held_inputs = max(
@@ -172,16 +198,21 @@ def _unlearning_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: 
     )
     longest = prepared.report.longest
     memory = estimate_memory(size, hf_config, dtype, stage, _num_vectors(solver), micro, longest, held_inputs)
-    return [*_memory_rows(memory), *_round_rows(size, job, prepared)]
+    return [*_memory_rows(memory), *_round_rows(size, job, solver, prepared)]
 
 
-def _training_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: PreparedData) -> list[Row]:
-    assert job.train is not None
+def _training_rows(
+    size: ModelSize,
+    hf_config: Any,
+    job: JobConfig,
+    settings: TrainingSettings,
+    prepared: PreparedData,
+    num_records: int,
+) -> list[Row]:
     dtype: torch.dtype = getattr(torch, job.model.dtype)
-    stage, micro = job.train.stage_in(job.cluster), job.curvature.micro_batch_size
+    stage, micro = settings.stage_in(job.cluster), job.curvature.micro_batch_size
     memory = estimate_training_memory(size, hf_config, dtype, stage, micro, prepared.report.longest)
-    num_records = len(training_records(job, prepared))
-    plan = plan_training(job.train, num_records, job.cluster.num_workers, micro)
+    plan = plan_training(settings, num_records, job.cluster.num_workers, micro)
     accumulation = f"{plan.batch_size} records each, {plan.accumulation_steps} micro-batches of {micro} a rank"
     return [
         ("memory a rank", _gib(memory.total), f"estimate, training at ZeRO stage {stage}"),
@@ -189,7 +220,7 @@ def _training_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: Pr
         ("  gradients", _gib(memory.gradients), "partitioned from stage 2 on"),
         ("  optimizer states", _gib(memory.optimizer_states), "AdamW; partitioned from stage 1 on"),
         ("  activations", _gib(memory.activations), "one micro-batch, all blocks"),
-        ("training records", f"{num_records}", f"{job.train.epochs} epochs"),
+        ("training records", f"{num_records}", f"{settings.epochs} epochs"),
         ("training steps", f"{plan.num_steps}", accumulation),
     ]
 
@@ -209,8 +240,8 @@ def _memory_rows(memory: MemoryEstimate) -> list[Row]:
     ]
 
 
-def _round_rows(size: ModelSize, job: JobConfig, prepared: PreparedData) -> list[Row]:
-    solver, stage = job.solver, job.cluster.zero_stage
+def _round_rows(size: ModelSize, job: JobConfig, solver: SteppingConfig, prepared: PreparedData) -> list[Row]:
+    stage = job.cluster.zero_stage
     products = solver.max_steps * _num_products(solver, size.num_trainable)
     curvature_batch = solver.curvature_batch if isinstance(solver, SecondOrderConfig) else 0
     by_role = (
@@ -218,6 +249,7 @@ def _round_rows(size: ModelSize, job: JobConfig, prepared: PreparedData) -> list
     )
     # A step with trials, whose loss is measured on the curvature minibatch too where that is another one.
     losses = 1 + _remainder_vectors(solver) if isinstance(solver, SecondOrderConfig) else 0
+    losses += _num_teacher_passes(job.objective, solver)
     step = (1 + by_role) * elements_per_gradient(size, stage, False) + losses * elements_per_loss(size, stage)
     product = elements_per_product(size, stage, False)
     total = (solver.max_steps * step + products * product) * getattr(torch, job.model.dtype).itemsize

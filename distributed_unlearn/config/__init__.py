@@ -14,10 +14,11 @@ from distributed_unlearn.config.methods import (
     SCureNewtonConfig,
     SecondOrderConfig,
     SgdConfig,
-    SolverConfig,
     StopConfig,
 )
 from distributed_unlearn.config.objective import ObjectiveConfig
+from distributed_unlearn.config.published import NamedObjectiveConfig, PublishedConfig, ScrubConfig
+from distributed_unlearn.config.retraining import RetrainConfig
 from distributed_unlearn.config.sections import (
     AdapterConfig,
     AdapterFolder,
@@ -32,7 +33,9 @@ from distributed_unlearn.config.sections import (
     SaveConfig,
     SelectionConfig,
     TrainConfig,
+    TrainingSettings,
 )
+from distributed_unlearn.config.solver import SolverConfig, SteppingConfig, stepping_methods
 
 __all__ = [
     "AdamWConfig",
@@ -52,19 +55,26 @@ __all__ = [
     "LoraAdapter",
     "ModelConfig",
     "ModelTask",
+    "NamedObjectiveConfig",
     "ObjectiveConfig",
     "PinvNewtonConfig",
+    "PublishedConfig",
+    "RetrainConfig",
     "SCureNewtonConfig",
     "SaveConfig",
+    "ScrubConfig",
     "SecondOrderConfig",
     "SelectionConfig",
     "SgdConfig",
     "SolverConfig",
+    "SteppingConfig",
     "StopConfig",
     "StrictModel",
     "TrainConfig",
+    "TrainingSettings",
     "apply_overrides",
     "load_job",
     "parse_cluster",
     "parse_job",
+    "stepping_methods",
 ]

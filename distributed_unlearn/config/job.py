@@ -1,10 +1,14 @@
 """One job file: its sections, and what they must agree on."""
 
+from typing import Any
+
 from pydantic import model_validator
 
 from distributed_unlearn.config.base import PathText, StrictModel
-from distributed_unlearn.config.methods import SCureNewtonConfig, SolverConfig
+from distributed_unlearn.config.methods import BaseSolverConfig, SCureNewtonConfig
 from distributed_unlearn.config.objective import ObjectiveConfig
+from distributed_unlearn.config.published import NamedObjectiveConfig, PublishedConfig, ScrubConfig
+from distributed_unlearn.config.retraining import RetrainConfig
 from distributed_unlearn.config.sections import (
     ClusterConfig,
     CurvatureConfig,
@@ -15,6 +19,7 @@ from distributed_unlearn.config.sections import (
     SelectionConfig,
     TrainConfig,
 )
+from distributed_unlearn.config.solver import SolverConfig, method_names
 
 
 class JobConfig(StrictModel):
@@ -39,9 +44,24 @@ class JobConfig(StrictModel):
     resume: bool = False
     """Go on from the last state that an interrupted run of this job saved in `output`; without one, start anew."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_of_the_method(cls, tree: Any) -> Any:
+        """Where the job names no objective, that of a method which is named after one."""
+        solver = tree.get("solver") if isinstance(tree, dict) else None
+        objective = tree.get("objective", {}) if isinstance(tree, dict) else None
+        if not isinstance(solver, dict) or not isinstance(objective, dict) or "name" in objective:
+            return tree
+        method = solver.get("method")
+        if method in (*method_names(PublishedConfig), *method_names(ScrubConfig)):
+            name = "retain" if method == "gradient_descent" else method
+            return {**tree, "objective": {**objective, "name": name}}
+        return tree
+
     @model_validator(mode="after")
     def _consistent(self) -> "JobConfig":
         self._require_records_of_task()
+        self._require_objective_of_method()
         if self.forget is not None and self.rounds is not None:
             raise ValueError("both forget and rounds are given; a single round is `forget`, several are `rounds`")
         if self.rounds is not None and not self.rounds:
@@ -58,13 +78,12 @@ class JobConfig(StrictModel):
             )
         if self.train is not None and self.resume:
             raise ValueError("resume is for rounds; a training that was interrupted starts anew: remove resume")
-        needs_holdout = self.objective.uses_holdout or self.solver.stop.forget_matches_holdout
-        if self.unlearns and needs_holdout and self.holdout is None:
+        if self.unlearns and self._needs_holdout and self.holdout is None:
             raise ValueError(
                 f"objective {self.objective.name} and solver.stop.forget_matches_holdout need a holdout selection; "
                 "name records that were never trained on, or choose another objective and turn the stop off"
             )
-        if self.train is not None and self.cluster.gpus_per_worker < 1 and self.cluster.use_gpu != "never":
+        if self.trains and self.cluster.gpus_per_worker < 1 and self.cluster.use_gpu != "never":
             raise ValueError("training needs a whole GPU for every worker; set cluster.gpus_per_worker to 1")
         return self
 
@@ -80,6 +99,38 @@ class JobConfig(StrictModel):
         selections = (self.forget, self.holdout, *(self.rounds or ()))
         if wanted is None and any(selection is not None and selection.classes for selection in selections):
             raise ValueError("classes select records of a classifier; set model.task, or select in another way")
+
+    def _require_objective_of_method(self) -> None:
+        solver, objective = self.solver, self.objective
+        if not self.unlearns:
+            return
+        if isinstance(solver, RetrainConfig):
+            if objective != ObjectiveConfig():
+                raise ValueError("solver.method retrain trains on the retain set and has no objective; remove it")
+            if self.data.base_model is None:
+                raise ValueError(
+                    "solver.method retrain without data.base_model; name the checkpoint before fine-tuning, from which "
+                    "the retrained model starts"
+                )
+        elif isinstance(solver, NamedObjectiveConfig) and objective.name != solver.objective_name:
+            raise ValueError(
+                f"solver.method {solver.method} minimises the objective {solver.objective_name}, not "
+                f"{objective.name}; remove objective.name, or take solver.method adamw with an objective of your choice"
+            )
+        elif objective.name == "scrub" and not isinstance(solver, ScrubConfig):
+            raise ValueError("objective scrub takes turns that only solver.method scrub takes; choose that method")
+
+    @property
+    def _needs_holdout(self) -> bool:
+        solver = self.solver
+        if not isinstance(solver, BaseSolverConfig):
+            return False
+        return self.objective.uses_holdout or solver.stop.forget_matches_holdout
+
+    @property
+    def trains(self) -> bool:
+        """Whether DeepSpeed trains a model: a training job, or the retrained reference as a method."""
+        return self.train is not None or (self.unlearns and isinstance(self.solver, RetrainConfig))
 
     @property
     def unlearns(self) -> bool:

@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from distributed_unlearn.config.job import JobConfig
-from distributed_unlearn.config.methods import methods_with
 from distributed_unlearn.config.sections import ClusterConfig
+from distributed_unlearn.config.solver import methods_with
 from distributed_unlearn.errors import ConfigError
 
 

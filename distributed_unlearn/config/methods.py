@@ -1,8 +1,8 @@
-"""How the objective is minimised, and when a round ends: one model a method, chosen by `solver.method`."""
+"""How the objective is minimised, and when a round ends: one model a method; `config/solver.py` has their union."""
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Literal, NamedTuple
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from distributed_unlearn.config.base import StrictModel
 
@@ -26,14 +26,25 @@ class StopConfig(StrictModel):
     max_seconds: float | None = Field(default=None, gt=0.0)
 
 
+class RoleDraws(NamedTuple):
+    """Which minibatch of each role a step is about, from 0; None: the step leaves that role out."""
+
+    forget: int | None
+    retain: int | None
+
+
 class BaseSolverConfig(StrictModel):
-    """What every method has."""
+    """What every method has that takes steps on an objective."""
 
     gradient_batch: int = Field(default=48, ge=1)
     """Records per gradient minibatch; half forget, half retain, at least one of each, if the objective uses both."""
     max_steps: int = Field(default=30, ge=1)
     seed: int = Field(default=0, ge=0)
     stop: StopConfig = StopConfig()
+
+    def draws_at(self, step_index: int) -> RoleDraws:
+        """Which minibatches the step draws: of both roles the next one."""
+        return RoleDraws(step_index, step_index)
 
 
 class SecondOrderConfig(BaseSolverConfig):
@@ -149,36 +160,3 @@ class SgdConfig(FirstOrderConfig):
 
     method: Literal["sgd"]
     momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
-
-
-def _method(value: Any) -> str | None:  # `Any`: whatever stands in the job file
-    """The tag of the union; a solver section without one is scurenewton's."""
-    found = value.get("method", "scurenewton") if isinstance(value, dict) else getattr(value, "method", None)
-    return found if isinstance(found, str) else None
-
-
-SolverConfig = Annotated[
-    Annotated[SCureNewtonConfig, Tag("scurenewton")]
-    | Annotated[CureNewtonConfig, Tag("curenewton")]
-    | Annotated[DampedNewtonConfig, Tag("damped_newton")]
-    | Annotated[PinvNewtonConfig, Tag("pinv_newton")]
-    | Annotated[AdamWConfig, Tag("adamw")]
-    | Annotated[SgdConfig, Tag("sgd")],
-    Discriminator(
-        _method,
-        custom_error_type="unknown_method",
-        custom_error_message="Input should be a known solver.method: scurenewton, curenewton, damped_newton, "
-        "pinv_newton, adamw or sgd",
-    ),
-]
-"""The solver section of a job: `method` says which of these it is."""
-
-
-def methods_with(key: str) -> tuple[str, ...]:
-    """The methods that have a setting of this name."""
-    found = []
-    for member in get_args(get_args(SolverConfig)[0]):
-        kind, tag = get_args(member)
-        if key in kind.model_fields:
-            found.append(tag.tag)
-    return tuple(found)

@@ -6,21 +6,37 @@ from pydantic import Field, model_validator
 
 from distributed_unlearn.config.base import StrictModel
 
+ObjectiveName = Literal[
+    "retain",
+    "gradient_ascent",
+    "graddiff",
+    "random_labels",
+    "npo",
+    "simnpo",
+    "holdout_matched",
+    "token_matched",
+    "undial",
+    "delete",
+    "scrub",
+]
+
+_OWNERS: dict[str, tuple[ObjectiveName, ...]] = {
+    "beta": ("npo", "simnpo"),
+    "penalty": ("holdout_matched",),
+    "huber_delta": ("holdout_matched", "token_matched"),
+    "target_from": ("token_matched",),
+    "order": ("token_matched",),
+    "alternatives_weight": ("token_matched",),
+    "undial_strength": ("undial",),
+    "distillation_weight": ("scrub",),
+}
+"""The objectives that each setting belongs to; a value of another objective's that is not the default is refused."""
+
 
 class ObjectiveConfig(StrictModel):
     """What is minimised. Each objective is defined in `distributed_unlearn.objectives`."""
 
-    name: Literal[
-        "retain",
-        "gradient_ascent",
-        "graddiff",
-        "npo",
-        "simnpo",
-        "holdout_matched",
-        "token_matched",
-        "undial",
-        "delete",
-    ] = "token_matched"
+    name: ObjectiveName = "token_matched"
     forget_weight: float = Field(default=1.0, ge=0.0)
     retain_weight: float = Field(default=1.0, ge=0.0)
     retain: Literal["log_odds", "loss", "kl"] | None = None
@@ -48,12 +64,19 @@ class ObjectiveConfig(StrictModel):
     undial_strength: float = Field(default=10.0, gt=0.0)
     """undial: by how much the label's logit is lowered (3 to 30 in Dong et al. 2024)."""
 
+    distillation_weight: float = Field(default=1.0, ge=0.0)
+    """scrub: weight of staying near the teacher on retain records, beside their loss (alpha / gamma of Kurmanji et al.
+    2023, equation 3; gamma is `retain_weight`)."""
+
     @model_validator(mode="after")
-    def _belongs_to_token_matched(self) -> "ObjectiveConfig":
-        own = {"order": "start", "target_from": "holdout", "alternatives_weight": 0.0}
-        foreign = [key for key, value in own.items() if getattr(self, key) != value]
-        if foreign and self.name != "token_matched":
-            raise ValueError(f"{', '.join(foreign)} belong to token_matched; remove them or choose that objective")
+    def _settings_are_its_own(self) -> "ObjectiveConfig":
+        for key, owners in _OWNERS.items():
+            if self.name not in owners and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} belongs to {' and '.join(owners)}, not to {self.name}; remove it or choose that objective"
+                )
+        if self.name == "scrub" and self.retain is not None:
+            raise ValueError("retain is fixed for scrub, whose descents have a term of their own; remove it")
         if self.order == "refreshed" and self.target_from != "holdout":
             raise ValueError("order refreshed ranks against a holdout set; with target_from base_model leave it out")
         return self

@@ -82,7 +82,8 @@ class DataConfig(StrictModel):
     split: str = "train"
     """A split of the data set, or a part of one: `train[:80%]`. Of files that are named, any name is all of them."""
     base_model: PathText | None = None
-    """The checkpoint before it was trained on these records, folder or Hub name: objective.target_from base_model."""
+    """The checkpoint before it was trained on these records, folder or Hub name: where solver.method retrain starts and
+    objective.target_from base_model looks."""
     columns: tuple[str, ...] | None = None
     """Names of the columns of a CSV file that has no first line of names."""
     format: Literal["question_answer", "text", "chat", "classification", "image"] = "question_answer"
@@ -227,8 +228,8 @@ class SaveConfig(StrictModel):
     otherwise. merged: a plain checkpoint with the base's names, in which the adapter is added to the base's weights."""
 
 
-class TrainConfig(StrictModel):
-    """Fine-tuning instead of unlearning: accelerate + DeepSpeed inside the same workers.
+class TrainingSettings(StrictModel):
+    """How a model is fine-tuned: accelerate + DeepSpeed inside the workers.
 
     Without dropout, layer drop, router noise or batch statistics, whatever the model's configuration asks for: a result
     depends on neither the number of workers nor the micro-batch.
@@ -244,9 +245,14 @@ class TrainConfig(StrictModel):
     max_gradient_norm: float = Field(default=1.0, gt=0.0)
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage of the training itself; null: the cluster's. Stage 2 is faster than 3 for small models."""
-    exclude_forget: bool = False
-    """Leave out `forget`: trains the retrained reference. The holdout set is always left out."""
 
     def stage_in(self, cluster: ClusterConfig) -> int:
         """The training's own ZeRO stage, else the cluster's."""
         return cluster.zero_stage if self.zero_stage is None else self.zero_stage
+
+
+class TrainConfig(TrainingSettings):
+    """Fine-tuning instead of unlearning."""
+
+    exclude_forget: bool = False
+    """Leave out `forget`: trains the retrained reference. The holdout set is always left out."""

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from distributed_unlearn.cluster.open import open_group
 from distributed_unlearn.commands.run import run_job
-from distributed_unlearn.config import ClusterConfig, JobConfig, StopConfig
+from distributed_unlearn.config import ClusterConfig, JobConfig, SteppingConfig
 from distributed_unlearn.demo.jobs import DemoJobs
 from distributed_unlearn.demo.people import generate_people, write_people
 from distributed_unlearn.demo.settings import Baseline, DemoSettings, baselines
@@ -118,8 +118,9 @@ def create_initial(settings: DemoSettings, workers: Workers, folder: Path) -> No
 class _DemoEvents(Unwatched):
     """Bars and lines named after the method; notes when the stopping rule's conditions first held."""
 
-    def __init__(self, console: Console, name: str, stop: StopConfig) -> None:
-        self._console, self._name, self._stop = console, name, stop
+    def __init__(self, console: Console, name: str, job: JobConfig) -> None:
+        assert isinstance(job.solver, SteppingConfig)
+        self._console, self._name, self._stop = console, name, job.solver.stop
         self.matched_after: float | None = None
         """Seconds of steps until then."""
 
@@ -152,7 +153,7 @@ def _compare(jobs: DemoJobs, console: Console, group: WorkerGroup) -> _Compared:
     retrained = _train(jobs.training("retrained", exclude_forget=True), "retrained", console, group)
     reference = retrained.scores
     job = jobs.unlearning("unlearned")
-    cubic = run_job(job, _DemoEvents(console, "cubic steps", job.solver.stop), group).record
+    cubic = run_job(job, _DemoEvents(console, "cubic steps", job), group).record
     rows = [
         replace(original, tug_of_war=tug_of_war(original.scores, reference), num_products=0),
         _row("unlearned (SCureNewton)", cubic.rounds[0]),
@@ -169,7 +170,7 @@ def _row(name: str, record: RoundRecord) -> MethodRow:
 
 
 def _train(job: JobConfig, name: str, console: Console, group: WorkerGroup) -> MethodRow:
-    training = run_job(job, _DemoEvents(console, name, job.solver.stop), group).record.training
+    training = run_job(job, _DemoEvents(console, name, job), group).record.training
     assert training is not None and training.scores is not None
     console.print(f"trained the {name} model in {training.wall_seconds:.1f} s", markup=False, highlight=False)
     scores: dict[str, SetScores] = {key: training.scores[key] for key in SETS}
@@ -180,7 +181,7 @@ def _run_baseline(
     job: JobConfig, baseline: Baseline, console: Console, group: WorkerGroup, cubic: MethodRow
 ) -> MethodRow:
     """A first-order method from the original weights for at least the wall time of the cubic steps."""
-    events = _DemoEvents(console, baseline.name, job.solver.stop)
+    events = _DemoEvents(console, baseline.name, job)
     row = _row(baseline.name, run_job(job, events, group).record.rounds[0])
     if not baseline.is_cubic_objective:
         return row

@@ -13,7 +13,7 @@ from torch import Tensor
 from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.batches import Corpus, PredictionBatch
 from distributed_unlearn.data.sampling import cut, micro_batches, num_micro_batches
-from distributed_unlearn.objectives.constants import RoundConstants
+from distributed_unlearn.objectives.constants import RoundConstants, uniform_numbers
 from distributed_unlearn.objectives.objective import Objective
 from distributed_unlearn.objectives.predictions import Constants, MinibatchTotals, Predictions
 from distributed_unlearn.workers.messages import Indices
@@ -104,9 +104,14 @@ class MicroBatch:
         return LossShare(self.batch.inputs, self.loss, self.batch.positions)
 
 
-def _known(constants: RoundConstants, corpus: Corpus, chosen: Indices, device: torch.device) -> Constants:
+def _known(
+    constants: RoundConstants, corpus: Corpus, chosen: Indices, objective: Objective, device: torch.device
+) -> Constants:
     """What the round knows of some records' predictions, in the order of their batch."""
-    columns = constants.rows(chosen, corpus.num_answer_tokens(chosen))
+    num_tokens = corpus.num_answer_tokens(chosen)
+    columns = [*constants.rows(chosen, num_tokens)]
+    if objective.forget_needs is not None and objective.forget_needs.uniform:
+        columns.append(uniform_numbers(constants.label_seed, chosen, num_tokens))
     return Constants(*(torch.from_numpy(column).to(device) for column in columns))
 
 
@@ -136,7 +141,7 @@ def local_micro_batches(
         batch = corpus.batch(chosen).to(device)
         is_forget = torch.zeros(batch.num_rows, dtype=torch.bool)
         is_forget[: len(chosen)] = torch.from_numpy(positions < num_forget)
-        known = _known(constants, corpus, chosen, device)
+        known = _known(constants, corpus, chosen, objective, device)
         loss = MicroBatchLoss(batch, is_forget.to(device), known, objective, totals)
         result.append(MicroBatch(chosen, batch, loss))
     return result

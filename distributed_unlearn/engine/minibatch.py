@@ -126,12 +126,7 @@ class MinibatchObjective:
         With `by_role` no micro-batch of the gradient minibatch mixes forget and retain records.
         """
         self._linearisations = []
-        solver, spec = self._spec.solver, self._spec
-        num_forget, num_retain = self._roles(solver.gradient_batch)
-        minibatch = Minibatch(
-            draw(solver.seed, spec.round_index, step_index, "forget", spec.forget, num_forget),
-            draw(solver.seed, spec.round_index, step_index, "retain", spec.retain, num_retain),
-        )
+        solver, minibatch = self._spec.solver, self._drawn(step_index)
         if self.last_seen is not None:
             self._constants = self.last_seen.constants()
         if by_role:
@@ -148,6 +143,20 @@ class MinibatchObjective:
         if isinstance(solver, SecondOrderConfig):
             self._curvature_minibatch = minibatch.head(*self._roles(solver.curvature_batch))
         self.has_own_curvature_minibatch = len(self._curvature_minibatch) < len(minibatch)
+
+    def _drawn(self, step_index: int) -> Minibatch:
+        """The records of the step's gradient minibatch; not collective."""
+        spec, solver, objective = self._spec, self._spec.solver, self._objective
+        at = solver.draws_at(step_index)
+        num_forget, num_retain = split_roles(
+            solver.gradient_batch,
+            objective.forget_needs is not None and at.forget is not None,
+            objective.retain_needs is not None and at.retain is not None,
+        )
+        return Minibatch(
+            draw(solver.seed, spec.round_index, at.forget or 0, "forget", spec.forget, num_forget),
+            draw(solver.seed, spec.round_index, at.retain or 0, "retain", spec.retain, num_retain),
+        )
 
     def gradient(self, gradient: Tensor, exact_loss: bool, forget_part: Tensor | None = None) -> LossAndTerms:
         """Add the gradient to `gradient`; the loss comes with it. All ranks must call this.

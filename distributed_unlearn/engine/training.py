@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from distributed_unlearn.config import TrainConfig
+from distributed_unlearn.config import TrainingSettings
 from distributed_unlearn.curvature.head import rows_before_head
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.data.sampling import cut, draw, micro_batches, num_micro_batches
@@ -32,7 +32,7 @@ from distributed_unlearn.models.family import refuse_half_statistics
 from distributed_unlearn.workers.messages import Indices, TrainingPlan, TrainingSpec
 
 
-def plan_training(config: TrainConfig, num_records: int, world_size: int, micro_batch_size: int) -> TrainingPlan:
+def plan_training(config: TrainingSettings, num_records: int, world_size: int, micro_batch_size: int) -> TrainingPlan:
     """Steps and accumulation of `config.epochs` passes over `num_records`; the last step of an epoch may be smaller."""
     batch = min(config.batch_size, num_records)
     accumulation = num_micro_batches(batch, world_size, micro_batch_size)
@@ -159,7 +159,7 @@ class Trainer:
             raise NumericalError(
                 f"a training loss of {loss} at step {step_index + 1}",
                 "a finite loss",
-                "lower train.learning_rate or use float32; no checkpoint was written",
+                "lower the learning rate of the training or use float32; no checkpoint was written",
             )
         return loss
 

@@ -202,6 +202,17 @@ class Worker:
         self._trainer = Trainer(model, self._corpus, spec, self.communicator)
         return self._trainer.plan
 
+    def begin_retraining(self, spec: TrainingSpec) -> TrainingPlan:
+        """As `begin_training`, in the place of the open model, from whose weights updates go on being measured.
+
+        Raises:
+            ModelError: see `begin_training`.
+        """
+        initial, start = self._initial, self.opened.weights.master.detach().cpu().clone()
+        plan = self.begin_training(spec)
+        self._initial, self._round_start = initial, start
+        return plan
+
     def train_step(self, step_index: int) -> float:
         """One optimiser step; its loss, nats per token."""
         assert self._trainer is not None
@@ -209,13 +220,23 @@ class Worker:
 
     def finish_training(self) -> ModelFacts:
         """End the training and open the trained model for scoring and export."""
+        self._adopt_trained("all")
+        self._initial = self.opened.weights.master.detach().cpu().clone()
+        return self.opened.facts()
+
+    def finish_retraining(self) -> ModelFacts:
+        """End a training that `begin_retraining` began and open the trained model in the place of the other."""
+        assert self._trained is not None and self._initial is not None
+        self._adopt_trained(self._trained[0].model.trainable)
+        assert self._initial.shape == self.opened.weights.master.shape, "a base model of another architecture"
+        return self.opened.facts()
+
+    def _adopt_trained(self, trainable: str | tuple[str, ...]) -> None:
         assert self._trainer is not None and self._trained is not None
         model, self._trainer = self._trainer.finish(), None
         (spec, adapter), dtype = self._trained, next(model.parameters()).dtype
         family = family_of(spec.model.task)
-        self._opened = adopt_model(model, family, adapter, "all", dtype, dtype, spec.zero_stage, self.communicator)
-        self._initial = self._opened.weights.master.detach().cpu().clone()
-        return self._opened.facts()
+        self._opened = adopt_model(model, family, adapter, trainable, dtype, dtype, spec.zero_stage, self.communicator)
 
     # -- checks -------------------------------------------------------------------------------------------
 

@@ -44,6 +44,11 @@ def reference_model(config: ModelConfig, path: str) -> ModelConfig:
     return config.model_copy(update={"path": expand_home(path), "revision": None, "adapter": None, "trainable": "all"})
 
 
+def model_to_retrain(config: ModelConfig, path: str) -> ModelConfig:
+    """The checkpoint before fine-tuning at `path`, of which the same weights are trainable as of `config`'s."""
+    return config.model_copy(update={"path": expand_home(path), "revision": None})
+
+
 def refuse_other_base(recorded: str | None, path: str, adapter: str) -> None:
     """Refuse an adapter that says it belongs to another base than `path`.
 

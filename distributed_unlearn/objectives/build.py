@@ -4,6 +4,7 @@ import math
 
 from distributed_unlearn.config import ObjectiveConfig
 from distributed_unlearn.errors import ConfigError, NumericalError
+from distributed_unlearn.objectives.label_terms import RandomLabelTerm
 from distributed_unlearn.objectives.objective import Objective, WeightedObjective
 from distributed_unlearn.objectives.record_terms import (
     AscentTerm,
@@ -12,7 +13,14 @@ from distributed_unlearn.objectives.record_terms import (
     RetainLossTerm,
     SimpleNegativePreferenceTerm,
 )
-from distributed_unlearn.objectives.teacher_terms import DeleteTerm, KeptDistributionTerm, UndialTerm, WithAlternatives
+from distributed_unlearn.objectives.teacher_terms import (
+    DeleteTerm,
+    DepartureTerm,
+    KeptDistributionTerm,
+    TaughtLossTerm,
+    UndialTerm,
+    WithAlternatives,
+)
 from distributed_unlearn.objectives.terms import Term
 from distributed_unlearn.objectives.token_terms import KeptLogOddsTerm, MatchedLogOddsTerm
 
@@ -54,9 +62,15 @@ def _forget_term(config: ObjectiveConfig, holdout_loss: float | None) -> Term | 
             return UndialTerm(config.undial_strength)
         case "delete":
             return DeleteTerm()
+        case "random_labels":
+            return RandomLabelTerm()
+        case "scrub":
+            return DepartureTerm()
 
 
 def _retain_term(config: ObjectiveConfig) -> Term:
+    if config.name == "scrub":
+        return TaughtLossTerm(config.distillation_weight)
     match config.retain_term:
         case "loss":
             return RetainLossTerm()
@@ -73,7 +87,8 @@ def build_objective(config: ObjectiveConfig, holdout_loss: float | None) -> Obje
     the minibatch) and `r`, `f` the weights: retain `r R` (Bui et al., arXiv 2406.14507); gradient_ascent `-f F`;
     graddiff `r R - f F` (Liu, Liu, Stone 2022); all others `r R + f *` the term of `NegativePreferenceTerm` (npo),
     `SimpleNegativePreferenceTerm` (simnpo), `HoldoutDistanceTerm` (holdout_matched), `MatchedLogOddsTerm`
-    (token_matched, whose `R` is `KeptLogOddsTerm`), `UndialTerm` (undial) or `DeleteTerm` (delete).
+    (token_matched, whose `R` is `KeptLogOddsTerm`), `UndialTerm` (undial), `DeleteTerm` (delete), `RandomLabelTerm`
+    (random_labels) or `DepartureTerm` (scrub, whose `R` is `TaughtLossTerm`).
 
     Args:
         config: objective section of the job.

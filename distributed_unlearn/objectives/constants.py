@@ -21,6 +21,27 @@ def ragged_rows(num_tokens: Indices, at: Indices) -> Indices:
     return np.repeat(shifts, counts) + np.arange(counts.sum())
 
 
+def uniform_numbers(seed: int, indices: Indices, num_tokens: Indices) -> Floats:
+    """One number in [0, 1) for every prediction, end to end: [N]; a function of seed, record and place in it alone.
+
+    SplitMix64's finalizer (Steele, Lea, Flood 2014, figure 13) over the three, one after the other; the upper 53 bits.
+    """
+    state = _mixed(np.full(num_tokens.sum(), seed % 2**64, dtype=np.uint64))
+    state = _mixed(state ^ np.repeat(indices, num_tokens).astype(np.uint64))
+    places = ragged_rows(num_tokens, np.arange(len(num_tokens))) - np.repeat(
+        np.cumsum(num_tokens) - num_tokens, num_tokens
+    )
+    state = _mixed(state ^ places.astype(np.uint64))
+    return (state >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = state + np.uint64(0x9E3779B97F4A7C15)  # arrays of whole numbers wrap around
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
 def matched_targets(log_odds: Floats, sample: Floats) -> Floats:
     """Log-odds of the same rank in another set: `s*_i = sample sorted at floor((rank_i + 1/2) K / N)`.
 
@@ -58,6 +79,8 @@ class RoundConstants:
     """[N]: where its log-odds are to go; NaN for predictions without a target."""
     sample: Floats
     """[K]: log-odds of holdout predictions, from which targets are taken by rank; empty where they are not."""
+    label_seed: int = 0
+    """Of random labels; see `uniform_numbers`."""
 
     def __post_init__(self) -> None:
         lengths = [len(column) for column in (self.start_nll, self.start_log_odds, self.target_log_odds)]
@@ -65,7 +88,7 @@ class RoundConstants:
 
     @classmethod
     def none(cls) -> "RoundConstants":
-        """For objectives that read none."""
+        """For objectives that read none of a prediction."""
         indices, floats = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float64)
         return cls(indices, indices, floats, floats, floats, floats)
 

@@ -77,6 +77,8 @@ class Constants:
     start_log_odds: Tensor
     target_log_odds: Tensor
     """Where the label's log-odds are to go."""
+    uniform: Tensor | None = None
+    """One number in [0, 1) a prediction, by which a random label is chosen; None where no objective reads it."""
 
     def __post_init__(self) -> None:
         shapes = {tuple(x.shape) for x in (self.start_nll, self.start_log_odds, self.target_log_odds)}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distributed_unlearn.objectives.predictions import MinibatchTotals, Predictions, without_label
+from distributed_unlearn.objectives.record_terms import retain_loss
 from distributed_unlearn.objectives.terms import Needs, Term
 
 
@@ -87,6 +88,38 @@ class KeptDistributionTerm:
         """This rank's share."""
         now, start, _ = _of_role(predictions, is_forget=False)
         return _divergence(start, now) / max(totals.num_retain_tokens, 1)
+
+
+@dataclass(frozen=True)
+class DepartureTerm:
+    """SCRUB's ascent (Kurmanji, Triantafillou, Hayes, Triantafillou 2023, arXiv 2302.09880, equation 3).
+
+    `-(mean over forget predictions of KL(p_start | p))`: away from the teacher, which is the round's start. Unbounded
+    below, and with a gradient of exactly zero at the teacher's own weights.
+    """
+
+    needs = Needs(start_logits=True)
+
+    def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
+        """This rank's share."""
+        now, start, _ = _of_role(predictions, is_forget=True)
+        return -_divergence(start, now) / max(totals.num_forget_tokens, 1)
+
+
+@dataclass(frozen=True)
+class TaughtLossTerm:
+    """SCRUB's descent (Kurmanji et al. 2023, arXiv 2302.09880, equation 3): the labels, and the teacher.
+
+    `mean over retain predictions of -log p_y + weight KL(p_start | p)`.
+    """
+
+    weight: float
+    needs = Needs(start_logits=True)
+
+    def __call__(self, predictions: Predictions, totals: MinibatchTotals) -> Tensor:
+        """This rank's share."""
+        kept = KeptDistributionTerm()(predictions, totals)
+        return retain_loss(predictions, totals) + self.weight * kept
 
 
 @dataclass(frozen=True)

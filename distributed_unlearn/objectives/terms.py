@@ -20,6 +20,8 @@ class Needs:
     """`Predictions.start_logits`: another forward pass of every minibatch, at the round's first weights."""
     holdout_loss: bool = False
     """The mean loss of the holdout set, when the term is built."""
+    uniform: bool = False
+    """`Constants.uniform`."""
 
     def __or__(self, other: "Needs") -> "Needs":
         """What either of two terms needs."""
@@ -28,6 +30,7 @@ class Needs:
             self.target or other.target,
             self.start_logits or other.start_logits,
             self.holdout_loss or other.holdout_loss,
+            self.uniform or other.uniform,
         )
 
 

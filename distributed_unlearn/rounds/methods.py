@@ -8,9 +8,11 @@ from distributed_unlearn.config import (
     CureNewtonConfig,
     DampedNewtonConfig,
     PinvNewtonConfig,
+    PublishedConfig,
+    ScrubConfig,
     SCureNewtonConfig,
     SgdConfig,
-    SolverConfig,
+    SteppingConfig,
 )
 from distributed_unlearn.records import StepRecord
 from distributed_unlearn.solvers.inner.first_order import AdamWSpec, SgdSpec
@@ -42,12 +44,12 @@ class OuterSolver(Protocol):
         ...
 
 
-def _settings(kind: type[Settings], config: SolverConfig) -> Settings:
+def _settings(kind: type[Settings], config: SteppingConfig) -> Settings:
     """The job's values for every field of `kind` that the job has."""
     return kind(**{f.name: getattr(config, f.name) for f in fields(kind) if hasattr(config, f.name)})
 
 
-def build_solver(oracle: StepOracle, config: SolverConfig) -> OuterSolver:
+def build_solver(oracle: StepOracle, config: SteppingConfig) -> OuterSolver:
     """The method of `solver.method`, ready for its first step."""
     match config:
         case SCureNewtonConfig():
@@ -58,7 +60,7 @@ def build_solver(oracle: StepOracle, config: SolverConfig) -> OuterSolver:
             return DampedNewton(oracle, _settings(DampedNewtonSettings, config))
         case PinvNewtonConfig():
             return PinvNewton(oracle, _settings(PinvNewtonSettings, config))
-        case AdamWConfig():
+        case AdamWConfig() | PublishedConfig() | ScrubConfig():
             return FirstOrder(oracle, _settings(AdamWSpec, config), config.learning_rate)
         case SgdConfig():
             return FirstOrder(oracle, _settings(SgdSpec, config), config.learning_rate)

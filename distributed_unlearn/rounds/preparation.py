@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from distributed_unlearn.config import JobConfig
+from distributed_unlearn.config import JobConfig, RetrainConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.files import refuse_existing
-from distributed_unlearn.models.base_of_adapter import reference_model
+from distributed_unlearn.models.base_of_adapter import model_to_retrain, opened_as, reference_model
 from distributed_unlearn.models.fit import check_checkpoint
 from distributed_unlearn.models.reference import require_comparable
 from distributed_unlearn.report.run_log import RunLog
@@ -59,9 +59,25 @@ def prepare(job: JobConfig) -> PreparedData:
         reference = reference_model(job.model, job.retrained)
         check_checkpoint(reference, stage)
         require_comparable(job.model, reference, job.data.pad_token)
-    if job.data.base_model is not None and job.unlearns and job.objective.uses_base_model:
-        check_checkpoint(reference_model(job.model, job.data.base_model), stage)
+    if job.data.base_model is not None and job.unlearns:
+        _check_base_model(job, job.data.base_model)
     return prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
+
+
+def _check_base_model(job: JobConfig, path: str) -> None:
+    """Refuse a checkpoint before fine-tuning that cannot serve for what the job wants of it."""
+    if isinstance(job.solver, RetrainConfig):
+        if opened_as(job.model).adapter is not None:
+            raise ConfigError(
+                "solver.method retrain with an adapter",
+                "a whole checkpoint: which adapter came before this one is not known",
+                "train the reference by a job with train.exclude_forget, and name it as `retrained`",
+            )
+        base = model_to_retrain(job.model, path)
+        check_checkpoint(base, job.solver.stage_in(job.cluster))
+        require_comparable(job.model, base, job.data.pad_token, "data.base_model")
+    elif job.objective.uses_base_model:
+        check_checkpoint(reference_model(job.model, path), job.cluster.zero_stage)
 
 
 def prepare_run(job: JobConfig, folder: Path, events: RunEvents) -> PreparedRun:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distributed_unlearn.config import stepping_methods
 from distributed_unlearn.evaluation.metrics import tug_of_war
 from distributed_unlearn.records import RECORD_NAME, RunRecord, read_record
 from distributed_unlearn.report.figures import Picture, comparison_pictures, steps_pictures
@@ -92,7 +93,9 @@ def _facts(record: RunRecord) -> tuple[tuple[str, str], ...]:
     base, survival = record.base, record.surviving_update
     steps, products = (sum(getattr(item, name) for item in record.rounds) for name in ("num_steps", "num_products"))
     seconds = sum(item.wall_seconds for item in record.rounds)
-    method = f"{_setting(record, 'solver', 'method')} on the objective {_setting(record, 'objective', 'name')}"
+    method, objective = _setting(record, "solver", "method"), _setting(record, "objective", "name")
+    if method in stepping_methods():
+        method += f" on the objective {objective}"
     compared = "the model before with the model after"
     if record.retrained is not None:
         compared += f", and both with the retrained model {_setting(record, 'retrained')}"

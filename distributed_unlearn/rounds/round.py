@@ -6,15 +6,15 @@ nor DeepSpeed.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig
+from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SolverConfig, SteppingConfig
 from distributed_unlearn.data.sampling import draw
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.objectives.build import build_objective
-from distributed_unlearn.records import RoundRecord
+from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
 from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, evidence, score, summarise
 from distributed_unlearn.rounds.events import OnStep
 from distributed_unlearn.rounds.methods import OuterSolver, build_solver
@@ -44,6 +44,17 @@ class RoundTask:
     erased_before: tuple[np.ndarray, ...] = ()
     """What earlier jobs erased; scored like what earlier rounds forgot."""
     max_evaluated_records: int | None = None
+
+    @property
+    def stepping(self) -> SteppingConfig:
+        """The solver section of a method that takes steps on an objective."""
+        assert isinstance(self.solver, SteppingConfig)
+        return self.solver
+
+    @property
+    def scoring_batch(self) -> int:
+        """Records that are scored at once on one rank."""
+        return 2 * self.curvature.micro_batch_size
 
 
 def scored_sets(task: RoundTask) -> dict[str, np.ndarray]:
@@ -82,10 +93,10 @@ class _Watch:
         course: Course,
     ) -> None:
         self._workers, self._task, self._started = workers, task, course.started
-        self._holdout_loss = holdout_loss if task.solver.stop.forget_matches_holdout else None
+        self._holdout_loss = holdout_loss if task.stepping.stop.forget_matches_holdout else None
         retain = np.intersect1d(task.retain, scores.indices)
         self._probe = draw(task.solver.seed, task.round_index, 0, "probe", retain, _NUM_PROBE_RECORDS)
-        stop = task.solver.stop
+        stop = task.stepping.stop
         self._initial_retain_loss = float(scores.of(np.sort(self._probe)).mean_losses.mean())
         self._by_tokens: TwoSampleRule | None = None
         if self._holdout_loss is not None and task.objective.uses_log_odds and unseen.holdout is not None:
@@ -119,7 +130,7 @@ class _Watch:
         measured: dict[str, float] = {}
         distance, retain_loss = None, float("nan")
         batch = 2 * self._task.curvature.micro_batch_size
-        skipped = bool((step + 1) % self._task.solver.stop.check_every_steps)
+        skipped = bool((step + 1) % self._task.stepping.stop.check_every_steps)
         if not accepted or (self._holdout_loss is not None and skipped):
             return self._rule.timeout(step, time.monotonic() - self._started), measured
         if self._holdout_loss is not None:
@@ -141,7 +152,7 @@ def _take_steps(
     """Take the steps that are left, add them to `course`; the reason why they ended."""
     for record, measured in zip(course.steps, course.measured, strict=True):
         on_step(record, measured)
-    for index in range(len(course.steps), task.solver.max_steps):
+    for index in range(len(course.steps), task.stepping.max_steps):
         record = solver.step(index)
         if not np.isfinite(record.loss) or not np.isfinite(record.gradient_norm):
             raise NumericalError(
@@ -156,7 +167,7 @@ def _take_steps(
         if reason is not None:
             return reason
         keeper.save_if_due(course, solver)
-    return f"max_steps: all {task.solver.max_steps} steps were taken"
+    return f"max_steps: all {task.stepping.max_steps} steps were taken"
 
 
 def run_round(
@@ -177,44 +188,81 @@ def run_round(
         ConfigError: a state to go on from that this round does not fit.
         NumericalError: a loss or gradient that is not finite; the weights are those before the step.
     """
-    batch = 2 * task.curvature.micro_batch_size
-    sets = scored_sets(task)
-    before, scores = (summarise(sets, start), start) if not task.round_index else evaluate_sets(workers, sets, batch)
-    holdout = summarise({"holdout": sets["holdout"]}, start).get("holdout")
-    holdout_loss = None if holdout is None else holdout.loss_nats_per_token
-    objective = build_objective(task.objective, holdout_loss)
-    retain = drawn_retain_records(objective, task.solver, task.round_index, task.retain)
+    batch, solver_config = task.scoring_batch, task.stepping
+    opening = open_round(workers, task, start)
+    objective = build_objective(task.objective, opening.holdout_loss)
+    retain = drawn_retain_records(objective, solver_config, task.round_index, task.retain)
     constants = opening_constants(workers, objective, task.forget, retain, unseen, batch)
     spec = RoundSpec(
         task.round_index,
         task.forget,
         task.retain,
         task.objective,
-        task.solver,
+        solver_config,
         task.curvature,
-        holdout_loss,
-        constants,
+        opening.holdout_loss,
+        replace(constants, label_seed=solver_config.seed),
     )
     workers.begin_round(spec)
-    solver = build_solver(RemoteOracle(workers.group), task.solver)
-    keeper.restore(workers, before, solver)
-    course = Course.begin(before, keeper.found)
-    watch = _Watch(workers, task, holdout_loss, unseen, scores, course)
+    solver = build_solver(RemoteOracle(workers.group), solver_config)
+    keeper.restore(workers, opening.before, solver)
+    course = Course.begin(opening.before, keeper.found)
+    watch = _Watch(workers, task, opening.holdout_loss, unseen, opening.scores, course)
     reason = _take_steps(task, solver, watch, course, keeper, on_step)
-    wall_seconds, steps = time.monotonic() - course.started, course.steps
-    after, now = evaluate_sets(workers, sets, batch)
+    return close_round(workers, task, start, opening, Changed(reason, tuple(course.steps), course.started))
+
+
+@dataclass(frozen=True, eq=False)
+class Opening:
+    """How all sets stand before a round."""
+
+    sets: dict[str, np.ndarray]
+    before: dict[str, SetScores]
+    scores: Scores
+    holdout_loss: float | None
+    """At the start of the job; None without a holdout set."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a method did to the weights."""
+
+    reason: str
+    """Why it ended."""
+    steps: tuple[StepRecord, ...]
+    started: float
+    """On the monotonic clock."""
+    num_steps: int | None = None
+    """Of a method whose steps leave no record; None: those of `steps`."""
+
+
+def open_round(workers: Workers, task: RoundTask, start: Scores) -> Opening:
+    """Score what the round scores, where the start of the job has not; see `run_round`."""
+    sets = scored_sets(task)
+    if task.round_index:
+        before, scores = evaluate_sets(workers, sets, task.scoring_batch)
+    else:
+        before, scores = summarise(sets, start), start
+    holdout = summarise({"holdout": sets["holdout"]}, start).get("holdout")
+    return Opening(sets, before, scores, None if holdout is None else holdout.loss_nats_per_token)
+
+
+def close_round(workers: Workers, task: RoundTask, start: Scores, opening: Opening, done: Changed) -> RoundRecord:
+    """Score again and judge."""
+    wall_seconds = time.monotonic() - done.started
+    after, now = evaluate_sets(workers, opening.sets, task.scoring_batch)
     return RoundRecord(
         round_index=task.round_index,
         num_forget_records=len(task.forget),
         num_retain_records=len(task.retain),
-        holdout_loss_nats_per_token=holdout_loss,
-        stop_reason=reason,
-        num_steps=len(steps),
-        num_products=sum(step.num_products for step in steps),
+        holdout_loss_nats_per_token=opening.holdout_loss,
+        stop_reason=done.reason,
+        num_steps=len(done.steps) if done.num_steps is None else done.num_steps,
+        num_products=sum(step.num_products for step in done.steps),
         update_norm=workers.round_update_norm(),
         wall_seconds=wall_seconds,
-        steps=tuple(steps),
-        before=before,
+        steps=done.steps,
+        before=opening.before,
         after=after,
-        verdict=judge(sets, start, now),
+        verdict=judge(opening.sets, start, now),
     )

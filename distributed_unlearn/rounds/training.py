@@ -1,6 +1,5 @@
 """A training job on workers: fine-tuning, or the retrained reference; the checkpoint, its record, its scores."""
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,9 +14,7 @@ from distributed_unlearn.rounds.evaluate import evaluate_sets
 from distributed_unlearn.rounds.origin import model_to_open
 from distributed_unlearn.rounds.preparation import Session, training_records
 from distributed_unlearn.rounds.result import begin_record, result_mark, result_papers, write_record
-from distributed_unlearn.workers.messages import TrainingSpec
-
-_LOG = logging.getLogger(__name__)
+from distributed_unlearn.rounds.retraining import train_steps, training_spec
 
 
 def train(session: Session) -> RunRecord:
@@ -48,28 +45,9 @@ def _take_steps(session: Session, indices: np.ndarray) -> list[float]:
     """Train and leave the trained model open on the workers; the loss of every step, nats per token."""
     job, workers = session.run.job, session.workers
     assert job.train is not None
-    spec = TrainingSpec(
-        model=model_to_open(job.model, session.run.data.commit),
-        train=job.train,
-        indices=indices,
-        zero_stage=job.train.stage_in(job.cluster),
-        micro_batch_size=job.curvature.micro_batch_size,
-        seed=job.solver.seed,
-    )
-    plan = workers.begin_training(spec)
-    if plan.left_out:
-        _LOG.warning(
-            "the model's configuration asks for %s; training leaves it out, so that its result depends on neither "
-            "the number of workers nor the micro-batch",
-            ", ".join(plan.left_out),
-        )
-    losses = []
-    with session.events.training(plan.num_steps) as tell:
-        for step in range(plan.num_steps):
-            loss = workers.train_step(step)
-            losses.append(loss)
-            session.log.log("train", step, {"loss_nats_per_token": loss})
-            tell(step, loss)
+    model = model_to_open(job.model, session.run.data.commit)
+    plan = workers.begin_training(training_spec(session, model, job.train, indices))
+    losses = train_steps(session, plan)
     workers.finish_training()
     return losses
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from distributed_unlearn.config import JobConfig, ModelConfig
+from distributed_unlearn.config import JobConfig, ModelConfig, RetrainConfig, SteppingConfig
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.evaluation.metrics import tug_of_war
@@ -19,6 +19,7 @@ from distributed_unlearn.rounds.opening import Unseen
 from distributed_unlearn.rounds.origin import model_to_open
 from distributed_unlearn.rounds.preparation import Session
 from distributed_unlearn.rounds.result import begin_record, card_lines, result_mark, result_papers, write_record
+from distributed_unlearn.rounds.retraining import run_retrained_round
 from distributed_unlearn.rounds.round import RoundTask, run_round, score_start
 from distributed_unlearn.rounds.state import RoundKeeper, StateKeeper, forget_state
 from distributed_unlearn.workers.evidence import PredictionEvidence
@@ -41,7 +42,7 @@ def unlearn(session: Session) -> RunRecord:
     session.events.opened(facts)
     session.log.log("model", 0, asdict(facts))
     rounds = _run_rounds(session, reference, base)
-    mode = workers.curvature_mode()
+    mode = workers.curvature_mode() if isinstance(job.solver, SteppingConfig) else None
     with session.events.stage("writing and reading back the checkpoint"):
         survival, files = _write_checkpoint(session, model, rounds)
         verdict = run_verdict(rounds[-1].verdict, survival)
@@ -164,8 +165,10 @@ def _unseen(session: Session, base: PredictionEvidence | None) -> Unseen:
 def _run_round(
     session: Session, task: RoundTask, start: Scores, unseen: Unseen, num_rounds: int, keeper: RoundKeeper
 ) -> RoundRecord:
-    job, log = session.run.job, session.log
-    with session.events.round(task.round_index, num_rounds, job.solver.max_steps) as tell:
+    log = session.log
+    if isinstance(task.solver, RetrainConfig):
+        return run_retrained_round(session, task, start)
+    with session.events.round(task.round_index, num_rounds, task.stepping.max_steps) as tell:
 
         def on_step(record: StepRecord, measured: Mapping[str, float]) -> None:
             log.log(f"round_{task.round_index + 1}/step", record.step, {**asdict(record), **measured})

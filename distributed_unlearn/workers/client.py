@@ -120,6 +120,10 @@ class Workers:
         """Load a checkpoint and put what is trainable under the optimiser."""
         return self._first(TrainingPlan, "begin_training", spec)
 
+    def begin_retraining(self, spec: TrainingSpec) -> TrainingPlan:
+        """The same in the place of the open model, from whose weights updates go on being measured."""
+        return self._first(TrainingPlan, "begin_retraining", spec)
+
     def train_step(self, step_index: int) -> float:
         """One optimiser step; its loss, nats per token of the global minibatch."""
         return self._first(float, "train_step", step_index)
@@ -127,6 +131,10 @@ class Workers:
     def finish_training(self) -> ModelFacts:
         """End the training and open the trained model for scoring and export."""
         return self._first(ModelFacts, "finish_training")
+
+    def finish_retraining(self) -> ModelFacts:
+        """End what `begin_retraining` began and open the trained model in the place of the other."""
+        return self._first(ModelFacts, "finish_retraining")
 
     # -- checks -------------------------------------------------------------------------------------------
 

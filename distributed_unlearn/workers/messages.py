@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed_unlearn.config import CurvatureConfig, ModelConfig, ObjectiveConfig, SolverConfig, TrainConfig
+from distributed_unlearn.config import CurvatureConfig, ModelConfig, ObjectiveConfig, SteppingConfig, TrainingSettings
 from distributed_unlearn.objectives.constants import RoundConstants
 
 Indices = NDArray[np.int64]
@@ -23,7 +23,7 @@ class RoundSpec:
     forget: Indices
     retain: Indices
     objective: ObjectiveConfig
-    solver: SolverConfig
+    solver: SteppingConfig
     curvature: CurvatureConfig
     holdout_loss: float | None
     constants: RoundConstants
@@ -63,7 +63,7 @@ class TrainingSpec:
     """What the driver tells every rank about a training run."""
 
     model: ModelConfig
-    train: TrainConfig
+    train: TrainingSettings
     indices: Indices
     """Records to train on."""
     zero_stage: int
