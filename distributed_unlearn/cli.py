@@ -1,9 +1,10 @@
-"""The command line: `distributed-unlearn run | demo | plan | check | request | rounds | status | verify | key`.
+"""The command line: `distributed-unlearn run | plan | check | submit | demo`, and those of the service.
 
 Exit codes: 0 done; 1 a bug of ours (with traceback); 2 wrong usage; 3 configuration; 4 data; 5 model;
 6 resources; 7 numerics; 8 a worker failed; 9 a check failed; 10 done and written, but what was measured is not that
 everything is forgotten and the rest kept (0 with `run --allow-incomplete`); 11 the ledger; 12 a request; 13 the lease
-is another's; 14 a gate rolled the round back; 129 hung up; 130 interrupted; 143 terminated.
+is another's; 14 a gate rolled the round back; 15 a submitted job was stopped; 129 hung up; 130 interrupted; 143
+terminated.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import get_args
 from rich.console import Console
 
 from distributed_unlearn.commands.service_arguments import SERVICE_COMMANDS, add_service_commands, run_service_command
+from distributed_unlearn.commands.submit import add_submit, run_submit
 from distributed_unlearn.config import ClusterConfig, ModelTask, load_job, parse_cluster
 from distributed_unlearn.errors import ConfigError, UserError, WorkerError
 from distributed_unlearn.version import __version__
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help=f"end with exit code 0, not {INCOMPLETE}, where not everything is forgotten or the rest not kept",
             )
+    add_submit(commands)
     _add_demo(commands)
     _add_check(commands)
     add_service_commands(commands)
@@ -97,6 +100,17 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     curvature.add_argument("--sequence-length", type=_at_least("--sequence-length", 4), default=32)
     curvature.add_argument("--seed", type=_at_least("--seed", 0), default=0)
     curvature.add_argument("--backend", choices=("ray", "in_process"), default="ray")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may also stand behind options, where argparse alone would not know them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -155,6 +169,8 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
                 return INCOMPLETE
     elif arguments.command in SERVICE_COMMANDS:
         run_service_command(arguments, console)
+    elif arguments.command == "submit":
+        return run_submit(arguments, console)
     elif arguments.command == "demo":
         from distributed_unlearn.demo.run import run_demo
         from distributed_unlearn.demo.settings import demo_settings
@@ -198,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with _stops_in_order():
-            return _dispatch(_parser().parse_args(argv), console)
+            return _dispatch(_parse(argv), console)
     except UserError as error:
         if isinstance(error, WorkerError) and error.worker_traceback:
             errors.print(error.worker_traceback, markup=False, highlight=False, soft_wrap=True)

@@ -90,3 +90,9 @@ class GateError(UserError):
     """A round ran, failed a gate and was rolled back; its requests are pending again."""
 
     exit_code, kind = 14, "gate"
+
+
+class StoppedError(UserError):
+    """A submitted job was stopped before its end by somebody else; what it had written is whole."""
+
+    exit_code, kind = 15, "stopped"

@@ -1,4 +1,4 @@
-"""cluster.yaml against Ray's own schema (no cloud is called), its security rules, and every recipe in jobs/."""
+"""The cluster files against Ray's own schema (no cloud is called), its security rules, and every recipe in jobs/."""
 
 import copy
 import re
@@ -13,6 +13,10 @@ from distributed_unlearn.config import load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster.yaml"
+ON_PREMISES = ROOT / "cluster_on_premises.yaml"
+FILES = (CLUSTER, ON_PREMISES)
+TOKEN = "/home/ray/.ray/auth_token"
+ENVIRONMENT = ("RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN_PATH={TOKEN}", "RAY_USAGE_STATS_ENABLED=0")
 RECIPES = sorted((ROOT / "jobs").glob("*.yaml"))
 
 
@@ -58,28 +62,56 @@ def test_ray_refuses_a_broken_file(validate, cluster, break_it):
         validate(cluster)
 
 
-def test_on_premises_variant_is_accepted(validate, cluster):
-    commented = re.search(r"# >>> on-premises\n(.*?)# <<< on-premises", CLUSTER.read_text(encoding="utf-8"), re.DOTALL)
-    assert commented is not None
-    variant = yaml.safe_load(re.sub(r"^# ?", "", commented.group(1), flags=re.MULTILINE))
-    for key in ("provider", "auth", "max_workers", "available_node_types", "head_node_type", "head_setup_commands"):
-        del cluster[key]
-    validate({**cluster, **variant})
+@pytest.fixture
+def on_premises() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(ON_PREMISES.read_text(encoding="utf-8"))
+    return loaded
 
 
-def test_start_commands_use_the_token_and_loopback(cluster):
+def test_the_on_premises_file_is_accepted_and_its_gang_is_fixed(validate, on_premises):
+    validate(on_premises)
+    assert on_premises["min_workers"] == on_premises["max_workers"] == len(on_premises["provider"]["worker_ips"]) > 0
+    (start,) = [command for command in on_premises["head_start_ray_commands"] if "ray start" in command]
+    assert "--num-cpus=0 --num-gpus=0" in start  # a local provider's head is an ordinary node otherwise
+
+
+def _name_node_types(config: dict[str, Any]) -> None:
+    config["available_node_types"] = {"gpu": {"resources": {}, "node_config": {}}}
+
+
+@pytest.mark.parametrize("break_it", [_misspell_key, _name_node_types])
+def test_ray_refuses_a_broken_on_premises_file(validate, on_premises, break_it):
+    break_it(on_premises)
+    with pytest.raises(Exception):  # noqa: B017 - ray raises jsonschema, ValueError and its own errors
+        validate(on_premises)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_start_commands_use_the_token_and_loopback_and_report_nothing(path):
+    cluster = yaml.safe_load(path.read_text(encoding="utf-8"))
     for role in ("head_start_ray_commands", "worker_start_ray_commands"):
         starts = [command for command in cluster[role] if "ray start" in command]
         assert len(starts) == 1
-        assert re.match(r"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=\S+;", starts[0]), role
+        assert re.match(r"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=\S+ RAY_USAGE_STATS_ENABLED=0;", starts[0]), (
+            role
+        )
     assert "--dashboard-host=127.0.0.1" in " ".join(cluster["head_start_ray_commands"])
-    assert "0.0.0.0" not in CLUSTER.read_text(encoding="utf-8")
+    assert "--disable-usage-stats" in " ".join(cluster["head_start_ray_commands"])
+    options = cluster["docker"]["run_options"]
+    for setting in (
+        "RAY_AUTH_MODE=token",
+        "RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_token",
+        "RAY_USAGE_STATS_ENABLED=0",
+    ):
+        assert f"--env {setting}" in options
+    assert "0.0.0.0" not in path.read_text(encoding="utf-8")
 
 
-def test_token_reaches_all_nodes_with_tight_permissions(cluster):
-    remote = "/home/ray/.ray/auth_token"
-    assert cluster["file_mounts"][remote] == "~/.ray/auth_token"
-    assert f"chmod 600 {remote}" in " ".join(cluster["setup_commands"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_token_reaches_all_nodes_with_tight_permissions(path):
+    cluster = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert cluster["file_mounts"][TOKEN] == "~/.ray/auth_token"
+    assert f"chmod 600 {TOKEN}" in " ".join(cluster["setup_commands"])
 
 
 def test_gang_is_fixed_on_demand_and_off_the_head(cluster):
@@ -92,7 +124,9 @@ def test_gang_is_fixed_on_demand_and_off_the_head(cluster):
     assert any(option.startswith("--shm-size=") for option in cluster["docker"]["run_options"])
 
 
-def test_image_has_the_pinned_ray(cluster):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_image_has_the_pinned_ray(path):
+    cluster = yaml.safe_load(path.read_text(encoding="utf-8"))
     constraints = ROOT / "constraints.txt"
     pinned = re.search(r"^ray(?:\[\w+\])?==(\S+)", constraints.read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned is not None, "constraints.txt does not pin ray"

@@ -43,3 +43,12 @@ def secure_local_cluster(config: ClusterConfig) -> None:
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def use_given_token() -> None:
+    """Send the token that the environment names, also where nobody said so: Ray itself would not.
+
+    Must run before Ray is imported. A user's own RAY_AUTH_MODE is kept.
+    """
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")

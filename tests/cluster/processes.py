@@ -38,6 +38,8 @@ class Running:
     process: subprocess.Popen[bytes]
     folder: Path
     mark: str
+    scratch: Path
+    """Where Ray keeps its sessions."""
     _seen: set[psutil.Process] = field(default_factory=set)
 
     @property
@@ -149,7 +151,7 @@ def started(command: Sequence[str], folder: Path, extra: dict[str, str] | None =
                 start_new_session=True,
                 preexec_fn=heed_signals,
             )
-        running = Running(process, folder, mark)
+        running = Running(process, folder, mark, Path(scratch))
         try:
             yield running
         finally:

@@ -1,24 +1,18 @@
-"""`ray job submit` to a Ray with token authentication, as jobs/README.md describes it."""
+"""`distributed-unlearn submit` and `ray job submit` to a Ray with token authentication, as jobs/README.md says."""
 
-import contextlib
-import http.client
 import json
 import os
-import random
-import secrets
-import shutil
-import socket
+import signal
+import stat
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from processes import ROOT, Running, started
+import yaml
+from processes import Running, command_line, started
+from ray_head import BreakableConnection, Head, running_head
+from tiny_job import FORGET, TinyJob
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,100 +21,11 @@ pytestmark = [
     pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="fewer processors than workers"),
 ]
 
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-@dataclass(frozen=True)
-class Head:
-    address: str
-    token_file: Path
-    working_dir: Path
-
-    @property
-    def credentials(self) -> dict[str, str]:
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
-
-    def answers(self) -> bool:
-        return self.ask_once("api/jobs/", self.token_file.read_text())[0] == 200
-
-    def submit(self, folder: Path, environment: dict[str, str], name: str, *command: str) -> Running:
-        """Submit the command, wait for the end of the job."""
-        options = ["--address", self.address, "--submission-id", name, "--working-dir", str(self.working_dir)]
-        arguments = [RAY, "job", "submit", *options, "--", sys.executable, *command]
-        with started(arguments, folder, environment) as submitted:
-            submitted.wait(1500)
-        return submitted
-
-    def ask(self, path: str, token: str | None) -> tuple[int, dict[str, Any]]:
-        """Status and answer; a busy head is asked again for two minutes."""
-        deadline = time.monotonic() + 120
-        while (found := self.ask_once(path, token))[0] == 0 and time.monotonic() < deadline:
-            time.sleep(1)
-        return found
-
-    def ask_once(self, path: str, token: str | None) -> tuple[int, dict[str, Any]]:
-        """Status 0: no answer."""
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        request = urllib.request.Request(f"{self.address}/{path}", headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return (error.code if error.code < 500 else 0), {}  # 5xx: not up yet, or overloaded
-        except (OSError, http.client.HTTPException):
-            return 0, {}
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, where the kernel gives none away meanwhile; Ray's workers use 10002 to 19999."""
-    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    candidates = list(range(20000, first_ephemeral if first_ephemeral >= 21000 else 32768))
-    random.shuffle(candidates)
-    with contextlib.ExitStack() as held:
-        found: list[int] = []
-        for port in candidates:
-            with contextlib.suppress(OSError):
-                held.enter_context(socket.create_server(("", port)))
-                found.append(port)
-            if len(found) == count:
-                return found
-    raise AssertionError(f"no {count} free ports")
-
-
-def _start_command(ports: list[int]) -> list[str]:
-    port, dashboard_port, agent_port, metrics_port, client_port = ports
-    options = ["--head", "--block", "--num-cpus=2", "--num-gpus=0", "--node-ip-address=127.0.0.1", f"--port={port}"]
-    options += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
-    options += [f"--dashboard-agent-listen-port={agent_port}", f"--metrics-export-port={metrics_port}"]
-    options += [f"--ray-client-server-port={client_port}", "--disable-usage-stats"]
-    return [RAY, "start", *options, f"--object-store-memory={200 * 2**20}"]
-
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[Head]:
-    folder = tmp_path_factory.mktemp("head")
-    token_file = folder / "token"
-    descriptor = os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as handle:
-        handle.write(secrets.token_hex(32))
-    working_dir = folder / "working_dir"
-    for name in ("distributed_unlearn", "jobs"):
-        shutil.copytree(ROOT / name, working_dir / name, ignore=shutil.ignore_patterns("__pycache__"))
-    deadline = time.monotonic() + 600
-    for attempt in range(3):
-        ports = _free_ports(5)
-        found = Head(f"http://127.0.0.1:{ports[1]}", token_file, working_dir)
-        variables = {**found.credentials, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-        with started(_start_command(ports), folder / f"home{attempt}", variables) as running:
-            try:
-                running.wait_until(found.answers, max(60.0, deadline - time.monotonic()))
-            except AssertionError:
-                if attempt < 2 and running.process.poll() is not None:
-                    continue  # a port was taken between the look and the start
-                raise
-            yield found
-        assert running.survivors(patience_seconds=60) == []
-        return
+    with running_head(tmp_path_factory.mktemp("head")) as found:
+        yield found
 
 
 def test_the_demo_runs_as_a_job(head: Head, tmp_path):
@@ -156,3 +61,130 @@ def test_without_the_token_nothing_is_accepted(head: Head, tmp_path):
     assert head.ask("api/jobs/", "0" * 64)[0] == 403
     status, jobs = head.ask("api/jobs/", head.token_file.read_text())
     assert status == 200 and "intruder-1" not in json.dumps(jobs)
+
+
+def submit(head: Head, folder: Path, *arguments: str, address: str | None = None, **variables: str):
+    """`distributed-unlearn submit` for the length of the block."""
+    options = ["--address", address or head.address, *arguments]
+    return started(command_line("submit", *options), folder, {**head.credentials, **variables})
+
+
+def ended(head: Head, folder: Path, *arguments: str, **variables: str) -> Running:
+    with submit(head, folder, *arguments, **variables) as running:
+        running.wait(600)
+    return running
+
+
+def said(running: Running) -> str:
+    """What the job wrote: its log without the lines that Ray puts before it."""
+    ours = [line for line in running.out.splitlines(True) if "-- Runtime env" not in line]
+    return "".join(line for line in ours if not line.startswith("Running entrypoint for job"))
+
+
+def interpreter(path: Path, script: str) -> str:
+    """What a job runs in the place of Python: the connection is tried, not the job."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o700)
+    return str(path)
+
+
+@pytest.fixture
+def job(tiny: TinyJob, tmp_path: Path) -> Path:
+    """A job for the cluster whose ids are in files."""
+    tree = yaml.safe_load(tiny.job.read_text())
+    for key in ("forget", "holdout"):
+        people = tree[key].pop("subjects")
+        rows = [row["record_id"] for row in tiny.rows() if row["subject_id"] in people]
+        (tmp_path / f"{key}.txt").write_text("\n".join(rows) + "\n")
+        tree[key] = {"ids_file": str(tmp_path / f"{key}.txt")}
+    tree["cluster"] = {"num_workers": 2, "zero_stage": 3, "use_gpu": "never"}
+    tree["output"] = str(tmp_path / "output")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "job.yaml"
+
+
+def test_a_job_is_submitted_once_and_leaves_no_id_with_ray(head: Head, tiny: TinyJob, job: Path, tmp_path: Path):
+    arguments = (str(job), "solver.max_steps=1", "--follow", "--python", sys.executable, "--ship-code")
+    first = ended(head, tmp_path / "first", *arguments)
+    assert first.process.returncode in (0, 10), first.out[-3000:] + first.err[-3000:]
+    assert "round 1: " in first.out and "was submitted\n" in first.err
+    record = (tmp_path / "output" / "record.json").read_bytes()
+    again = ended(head, tmp_path / "again", *arguments)
+    assert again.process.returncode == first.process.returncode and again.out == first.out
+    assert "taken up, nothing was submitted" in again.err
+    assert (tmp_path / "output" / "record.json").read_bytes() == record
+    _, jobs = head.ask("api/jobs/", head.token_file.read_text())
+    erased = [row["record_id"] for row in tiny.rows() if row["subject_id"] in FORGET]
+    for name in (*FORGET, *erased):
+        assert name not in json.dumps(jobs)
+        assert not head.files_with(name.encode())
+
+
+def test_ids_in_a_job_file_stay_in_the_shared_folder(head: Head, tiny: TinyJob, tmp_path: Path):
+    python, shared = interpreter(tmp_path / "python", 'echo "$4"; exit 14'), tmp_path / "shared"
+    where = ("--python", python, "--job-folder", str(shared), "--follow")
+    settings = ("cluster={num_workers: 1}", f"output={tmp_path}/output")
+    found = ended(head, tmp_path / "client", str(tiny.job), *settings, *where)
+    assert found.process.returncode == 14, found.err  # the job's own
+    path = Path(said(found).strip())
+    assert path.parent == shared and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert yaml.safe_load(path.read_text())["forget"]["subjects"] == list(FORGET)
+    assert not head.files_with(FORGET[0].encode())
+
+
+def test_a_log_is_written_once_over_connections_that_break(head: Head, job: Path, tmp_path: Path):
+    count = 'i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo "line $i"; sleep 0.2; done; exit 3'
+    connection = BreakableConnection(int(head.address.rpartition(":")[2]))
+    arguments = (str(job), "--id", "broken-1", "--follow", "--python", interpreter(tmp_path / "python", count))
+    with submit(head, tmp_path / "client", *arguments, address=connection.address) as running:
+        running.wait_until(lambda: "line 5\n" in running.out, 300)
+        connection.cut()
+        running.wait_until(lambda: "trying again" in running.err, 60)
+        connection.mend()
+        running.wait(300)
+    connection.close()
+    assert running.process.returncode == 3
+    assert said(running) == "".join(f"line {number + 1}\n" for number in range(60))
+    assert "the connection was lost" in running.err
+
+
+def test_who_follows_may_leave_and_take_the_job_up_again(head: Head, job: Path, tmp_path: Path):
+    slow = f"trap 'echo ended; exit 143' TERM; echo begun; while [ ! -e {tmp_path}/go ]; do sleep 0.2; done; echo done"
+    arguments = (str(job), "--id", "left-1", "--python", interpreter(tmp_path / "python", slow))
+    with submit(head, tmp_path / "one", *arguments, "--follow") as running:
+        running.wait_until(lambda: "begun" in running.out, 300)
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait(60) == 130
+    assert "the job goes on" in running.err
+    other = ended(head, tmp_path / "other", str(job), "solver.max_steps=1", "--id", "left-1")
+    assert other.process.returncode == 12 and "which another job has" in other.err
+    (tmp_path / "go").touch()
+    taken = ended(head, tmp_path / "two", "--id", "left-1", "--follow")
+    assert (taken.process.returncode, said(taken)) == (0, "begun\ndone\n")
+
+
+def test_a_stopped_job_is_no_success_and_can_be_tried_again(head: Head, job: Path, tmp_path: Path):
+    slow = "trap 'sleep 5; echo in order; exit 143' TERM; echo begun; sleep 600 & wait"
+    script = f"[ -e {tmp_path}/again ] && exit 0; {slow}"
+    arguments = (str(job), "--id", "stopped-1", "--follow", "--python", interpreter(tmp_path / "python", script))
+    with submit(head, tmp_path / "one", *arguments) as running:
+        running.wait_until(lambda: "begun" in running.out, 300)
+        assert ended(head, tmp_path / "stop", "--id", "stopped-1", "--stop").process.returncode == 0
+        assert running.wait(300) == 15
+    assert said(running) == "begun\nin order\n"  # five seconds after SIGTERM, where Ray's own patience is three
+    assert "error (stopped): got job 'stopped-1'" in running.err
+    (tmp_path / "again").touch()
+    assert ended(head, tmp_path / "two", *arguments).process.returncode == 15
+    third = ended(head, tmp_path / "three", *arguments, "--retry")
+    assert third.process.returncode == 0 and "job stopped-1-2: SUCCEEDED" in third.err
+
+
+def test_a_wrong_token_is_refused(head: Head, job: Path, tmp_path: Path):
+    wrong = tmp_path / "wrong"
+    wrong.write_text("0" * 64)
+    for name, variables in (("wrong", {"RAY_AUTH_TOKEN_PATH": str(wrong)}), ("none", {"RAY_AUTH_MODE": "disabled"})):
+        found = ended(head, tmp_path / f"home-{name}", str(job), "--id", f"intruder-{name}", **variables)
+        assert found.process.returncode == 6
+        assert found.err.count("error (resources): got no access to the job server at") == 1
+        assert "Traceback" not in found.err
+        assert head.ask(f"api/jobs/intruder-{name}", head.token_file.read_text())[0] == 404
