@@ -4,8 +4,10 @@
 
 Nothing is downloaded. `cnn` (1,898 parameters) reads scikit-learn's digits as they are, 8 x 8; `resnet18` (11.2
 million) has an image processor that enlarges them to 32 x 32. The running statistics of its batch normalisation, which
-neither training nor unlearning changes, are those of random images: they know nothing of any record. `forget_ids.txt`
-names a tenth of the records on which the recipes train, drawn by --seed.
+neither training nor unlearning changes, are those of random images: they know nothing of any record. Of the 1,797
+digits `holdout_ids.txt` names 297 that are never trained on, and `forget_ids.txt` a tenth of the others; both are drawn
+by --seed, so that what is held out is as hard as what is forgotten would be had it not been seen. (The last digits of the
+file are by other writers, and harder.)
 """
 
 import argparse
@@ -20,7 +22,7 @@ from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.files import complete_folder, refuse_existing
 from distributed_unlearn.models.cnn import TwoLayerCNNConfig, TwoLayerCNNForImageClassification
 
-NUM_TRAINING = 1500
+NUM_DIGITS, NUM_TRAINING = 1797, 1500
 NAMES = {number: str(number) for number in range(10)}
 
 
@@ -77,9 +79,11 @@ def main() -> None:
     with complete_folder(folder / "resnet18", arguments.overwrite) as staging:
         make_resnet18(processor, arguments.seed).save_pretrained(staging)
         processor.save_pretrained(staging)
-    chosen = np.random.default_rng(arguments.seed).permutation(NUM_TRAINING)[: NUM_TRAINING // 10]
-    lines = "".join(f"digit-{index:04d}\n" for index in sorted(chosen))
-    (folder / "forget_ids.txt").write_text(lines, encoding="utf-8")
+    shuffled = np.random.default_rng(arguments.seed).permutation(NUM_DIGITS)
+    chosen = {"forget_ids.txt": shuffled[: NUM_TRAINING // 10], "holdout_ids.txt": shuffled[NUM_TRAINING:]}
+    for name, indices in chosen.items():
+        lines = "".join(f"digit-{index:04d}\n" for index in sorted(indices))
+        (folder / name).write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":
