@@ -25,7 +25,7 @@ from distributed_unlearn.curvature.head import rows_before_head
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.data.sampling import cut, draw, micro_batches, num_micro_batches
 from distributed_unlearn.engine.communicator import Communicator
-from distributed_unlearn.engine.decay import decays
+from distributed_unlearn.engine.optimizer import AdamW, parameter_groups
 from distributed_unlearn.errors import NumericalError
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.models.family import refuse_half_statistics
@@ -64,16 +64,6 @@ def warmup_then_cosine(step: int, num_steps: int, warmup_share: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, vectors (norms, biases) without; no empty group, which DeepSpeed cannot flatten."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    # At stage 3 a parameter's own shape is that of an empty placeholder.
-    matrices = [p for p in trainable if decays(getattr(p, "ds_shape", p.shape))]
-    vectors = [p for p in trainable if not decays(getattr(p, "ds_shape", p.shape))]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 class Trainer:
     """AdamW under DeepSpeed ZeRO on the parameters that require gradients. All ranks must call every method."""
 
@@ -97,7 +87,8 @@ class Trainer:
         # (`cpu=True` would make it use DistributedDataParallel instead of DeepSpeed.)
         AcceleratorState._reset_state(reset_partial_state=True)
         self._accelerator = Accelerator(deepspeed_plugin=plugin)
-        optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+        groups = parameter_groups(model, config.weight_decay)
+        optimizer = AdamW(groups, config.learning_rate, communicator.rank)
         self._engine, self._optimizer = self._accelerator.prepare(model.eval(), optimizer)
         assert type(self._engine).__name__ == "DeepSpeedEngine", "accelerate did not choose DeepSpeed"
         self.model = model

@@ -37,7 +37,8 @@ KRYLOV = StepSpec(KrylovSpec())
 SETTINGS = SCureNewtonSettings(max_krylov_steps=KRYLOV_STEPS, cubic_coefficient=1.0)
 
 # 9 records in micro-batches of 2: of two ranks the first has an empty third one.
-TRAINING = TrainConfig(epochs=2, batch_size=9, learning_rate=1e-3, warmup_share=0.3)
+# A decay that is seen beside AdamW's own steps.
+TRAINING = TrainConfig(epochs=2, batch_size=9, learning_rate=1e-3, warmup_share=0.3, weight_decay=3.0)
 # Learning rates of the first-order steps, by method, and their weight decay.
 RATES: dict[Literal["adamw", "sgd"], tuple[float, ...]] = {"adamw": (1e-2, 2e-2, 5e-3), "sgd": (1e-1, 2e-1, 5e-2)}
 DECAY = 0.3

@@ -1,15 +1,14 @@
 """AdamW and SGD as inner solvers: one update from the gradient alone, with moments that the round remembers.
 
-The only AdamW of the project beside training's, which is DeepSpeed's. Weight decay is decoupled for AdamW,
-`w -= eta lambda w` (Loshchilov and Hutter 2019), and part of the gradient for SGD, as in torch; in both it spares what
-`StepProblem.decays` spares.
+Weight decay is decoupled for AdamW, `w -= eta lambda w`, and part of the gradient for SGD, as in torch; in both it
+spares what `StepProblem.decays` spares.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from distributed_unlearn.solvers.adamw import AdamWConstants, adamw_update
 from distributed_unlearn.solvers.problem import Memory, StepProblem
 
 _FIRST, _SECOND, _COUNT = "adamw first moment", "adamw second moment", "adamw steps"
@@ -32,18 +31,13 @@ class AdamWShard:
         return ()
 
     def candidate(self, *values: float) -> torch.Tensor:
-        """`-eta (m^ / (sqrt(v^) + epsilon) + lambda w)` (Kingma and Ba 2015, algorithm 1)."""
+        """See `adamw_update`."""
         (learning_rate,) = values
         spec, gradient, memory = self._spec, self._problem.gradient, self._problem.memory
         count = memory.numbers[_COUNT] = memory.numbers.get(_COUNT, 0.0) + 1.0
         first, second = (_vector(memory, name, gradient) for name in (_FIRST, _SECOND))
-        first.lerp_(gradient, 1.0 - spec.first_decay)
-        second.mul_(spec.second_decay).addcmul_(gradient, gradient, value=1.0 - spec.second_decay)
-        denominator = second.sqrt().div_(math.sqrt(1.0 - spec.second_decay**count)).add_(spec.epsilon)
-        update = first.div(denominator).mul_(-learning_rate / (1.0 - spec.first_decay**count))
-        if spec.weight_decay > 0.0:
-            update.sub_(_decay(self._problem, spec.weight_decay), alpha=learning_rate)
-        return update
+        decay = _decay(self._problem, spec.weight_decay) if spec.weight_decay > 0.0 else None
+        return adamw_update(gradient, first, second, count, learning_rate, decay, spec.constants)
 
     def accept(self) -> None:
         """The moments were noted already."""
@@ -51,12 +45,10 @@ class AdamWShard:
 
 @dataclass(frozen=True)
 class AdamWSpec:
-    """AdamW with torch's constants."""
+    """AdamW."""
 
     weight_decay: float
-    first_decay: float = 0.9
-    second_decay: float = 0.999
-    epsilon: float = 1e-8
+    constants: AdamWConstants = AdamWConstants()
     measures_trials: bool = False
     separates_roles: bool = False
 
