@@ -29,6 +29,8 @@ class BaseCheckpoint:
     """Commit of a hub model."""
     files: dict[str, str] | None
     """SHA-256 by file name of a folder's own files; None for a hub model."""
+    others: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The same of the other folders that are opened with it, by path: an adapter's, or those of an adapter's base."""
 
 
 @dataclass(frozen=True)

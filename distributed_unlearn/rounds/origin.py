@@ -5,8 +5,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distributed_unlearn.config import JobConfig, ModelConfig
+from distributed_unlearn.config import AdapterFolder, JobConfig, ModelConfig
 from distributed_unlearn.files import expand_home
+from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.provenance import hash_folder, new_salt, package_versions
 from distributed_unlearn.records import BaseCheckpoint
 
@@ -24,11 +25,23 @@ class Origin:
 
 
 def find_origin(model: ModelConfig, commit: str | None) -> Origin:
-    """Hashes of the base checkpoint's own files, or the commit of a hub model; and the installed versions."""
-    folder = Path(expand_home(model.path))
-    files = hash_folder(folder, below=False) if folder.is_dir() else None
-    base = BaseCheckpoint(model.path, commit or model.revision, files)
+    """Hashes of the files that are opened, or the commit of a hub model; and the installed versions.
+
+    Raises:
+        ModelError: see `opened_as`.
+    """
+    opened = opened_as(model)
+    paths = {model.path, opened.path} | ({opened.adapter.path} if isinstance(opened.adapter, AdapterFolder) else set())
+    found = {path: _own_files(path) for path in sorted(paths)}
+    others = {path: files for path, files in found.items() if path != model.path and files is not None}
+    base = BaseCheckpoint(model.path, commit or model.revision, found[model.path], others)
     return Origin(base, package_versions(), datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def _own_files(path: str) -> dict[str, str] | None:
+    """Hashes of a folder's own files; None where there is no folder."""
+    folder = Path(expand_home(path))
+    return hash_folder(folder, below=False) if folder.is_dir() else None
 
 
 def model_to_open(model: ModelConfig, commit: str | None) -> ModelConfig:
