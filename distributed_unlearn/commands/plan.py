@@ -45,7 +45,7 @@ from distributed_unlearn.engine.estimate import (
 from distributed_unlearn.engine.training import plan_training
 from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.checkpoint import load_model_config
-from distributed_unlearn.models.stored import float_dtype, stored_tensors
+from distributed_unlearn.models.stored import held_dtype, stored_tensors
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.report.tables import facts_table
 from distributed_unlearn.rounds.preparation import prepare, training_records
@@ -82,9 +82,7 @@ def make_plan(job: JobConfig) -> Plan:
     """
     prepared = prepare(job)
     hf_config = load_model_config(job.model)
-    # As the workers open it: frozen weights of float16 files are held in float32.
-    narrow = float_dtype(stored_tensors(opened_as(job.model))) == torch.bfloat16
-    stored = torch.bfloat16 if narrow else torch.float32
+    stored = held_dtype(stored_tensors(opened_as(job.model)))  # as the workers open it
     size = measure_model(job.model, hf_config, job.cluster.num_workers, job.cluster.zero_stage, stored)
     if job.train is None and isinstance(job.solver, CureNewtonConfig | PinvNewtonConfig):
         refuse_if_too_large(size.num_trainable, job.solver.max_parameters)

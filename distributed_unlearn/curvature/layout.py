@@ -118,22 +118,6 @@ def unpack(gathered: torch.Tensor, slots: Sequence[Slot], world_size: int) -> di
     }
 
 
-def pack(
-    full: Mapping[str, torch.Tensor | None], slots: Sequence[Slot], world_size: int, like: torch.Tensor
-) -> torch.Tensor:
-    """The reverse of `unpack`: [world_size * slice] in `like`'s dtype and device; missing tensors are zero.
-
-    Rows frozen by `padding_idx` are zeroed.
-    """
-    rows = empty_rows(slots, world_size, like)
-    for slot in slots:
-        tensor = full.get(slot.name)
-        if tensor is not None:
-            add_to_rows(rows, slot, tensor)
-    zero_frozen_rows(rows, slots)
-    return rows.view(-1)
-
-
 def empty_rows(slots: Sequence[Slot], world_size: int, like: torch.Tensor) -> torch.Tensor:
     """Zeros for a whole segment, row `r` being what rank `r` owns: [world_size, slice] in `like`'s dtype and device."""
     width = sum(slot.shard_numel for slot in slots)

@@ -87,12 +87,6 @@ class Communicator:
         dist.all_gather_object(found, value)
         return found
 
-    def broadcast_object(self, value: object) -> object:
-        """Rank 0's `value` on every rank. All ranks must call this."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     def barrier(self) -> None:
         """Wait for all ranks; what they wrote before it is there afterwards. All ranks must call this."""
         # Reading the result is what makes the host wait: NCCL's collectives only order the device's stream.

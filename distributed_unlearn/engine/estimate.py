@@ -12,12 +12,13 @@ import torch
 
 from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.curvature.layout import FlatLayout, Slot, build_layout
-from distributed_unlearn.curvature.segments import find_segments, frozen_rows, trainable_names
+from distributed_unlearn.curvature.segments import find_segments, frozen_rows
 from distributed_unlearn.models.adapters import insert_adapter
 from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.models.family import ModelFamily, batch_norms
 from distributed_unlearn.models.fit import empty_model, refuse_one_segment
+from distributed_unlearn.models.trainable import trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ModelSize:
     family: ModelFamily
     num_batch_norms: int
     frozen_dtype: torch.dtype
-    """Of the weights that no update touches: bfloat16 where the checkpoint's files are, else float32."""
+    """Of the weights that no update touches: the files' own where it is bfloat16 or float16, else float32."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def measure_model(
     segmented = find_segments(model, family.blocks(model), family.constants)
     refuse_one_segment(segmented.fallback_reason, zero_stage)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    trainable = trainable_names(model, config.trainable, None if inserted is None else inserted.names)
+    trainable = trainable_parameters(model, family, config.trainable, inserted)
     layout = build_layout(segmented, shapes, trainable, frozen_rows(model), world_size)
     sizes = [SegmentSize(_numel(part.trainable), _numel(part.frozen)) for part in layout.segments]
     return ModelSize(

@@ -8,7 +8,7 @@ from torch import nn
 
 from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.curvature.layout import FlatLayout, build_layout
-from distributed_unlearn.curvature.segments import SegmentedModel, find_segments, frozen_rows, trainable_names
+from distributed_unlearn.curvature.segments import SegmentedModel, find_segments, frozen_rows
 from distributed_unlearn.curvature.store import SegmentStore
 from distributed_unlearn.engine.communicator import Communicator
 from distributed_unlearn.engine.partitions import build_buffers_exactly, checkpoint_dtype, full_shapes, load_model
@@ -20,7 +20,8 @@ from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.models.family import ModelFamily, batch_norms, refuse_half_statistics
 from distributed_unlearn.models.fit import refuse_one_segment
-from distributed_unlearn.models.stored import float_dtype, stored_tensors
+from distributed_unlearn.models.stored import held_dtype, stored_tensors
+from distributed_unlearn.models.trainable import trainable_parameters
 from distributed_unlearn.workers.messages import ModelFacts
 
 
@@ -71,8 +72,9 @@ def open_model(config: ModelConfig, dtype: torch.dtype, zero_stage: int, communi
     # In the dtype of the files: the fp32 master must start from their values, and what is frozen keeps them.
     config = opened_as(config)
     # A hub model's files may be on some nodes only, and the ranks must agree.
-    narrow = communicator.all_true(float_dtype(stored_tensors(config)) == torch.bfloat16)
-    stored = torch.bfloat16 if narrow else torch.float32
+    own = held_dtype(stored_tensors(config))
+    agreed = [dtype for dtype in (torch.bfloat16, torch.float16) if communicator.all_true(own == dtype)]
+    stored = agreed[0] if agreed else torch.float32
     model, adapter = load_model(config, stored, zero_stage, communicator.device)
     if stored != torch.float32:
         build_buffers_exactly(model, config)
@@ -103,7 +105,7 @@ def adopt_model(
     layout = build_layout(
         segmented,
         full_shapes(model),
-        trainable_names(model, trainable, None if adapter is None else adapter.names),
+        trainable_parameters(model, family, trainable, adapter),
         frozen_rows(model),
         communicator.world_size,
     )

@@ -45,6 +45,7 @@ def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
         # DeepSpeed's linear function has no forward-mode rule and would replace torch's for the whole process.
         "zero_optimization": {"stage": 3, "memory_efficient_linear": False, "stage3_param_persistence_threshold": 0},
     }
@@ -100,7 +101,7 @@ def load_model(
     family, path = family_of(config.task), config.path
     arguments: dict[str, Any] = {
         **family.arguments,
-        "config": family.part_config(load_model_config(config)),
+        "config": load_model_config(config),
         "revision": config.revision,
         "use_safetensors": True,
         "trust_remote_code": False,

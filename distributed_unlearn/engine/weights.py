@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -52,11 +53,8 @@ class ShardedWeights:
 
     def _frozen_dtype(self) -> torch.dtype:
         """The narrowest dtype that holds every frozen weight exactly."""
-        dtype = torch.bfloat16
-        for index, (_, slot) in enumerate(self._slots(trainable=False)):
-            own = self._parameters[slot.qualified_name].ds_tensor.dtype
-            dtype = own if index == 0 else torch.promote_types(dtype, own)
-        return dtype
+        held = [self._parameters[slot.qualified_name].ds_tensor.dtype for _, slot in self._slots(trainable=False)]
+        return reduce(torch.promote_types, held, held[0]) if held else torch.bfloat16
 
     def _collect(self, trainable: bool, size: int, dtype: torch.dtype) -> Tensor:
         flat = torch.zeros(size, dtype=dtype, device=self._communicator.device)

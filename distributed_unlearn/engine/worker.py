@@ -15,7 +15,6 @@ import transformers
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distributed_unlearn.config import ModelConfig, ModelTask, SaveConfig
-from distributed_unlearn.curvature.segments import trainable_names
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.engine.check import check_curvature
 from distributed_unlearn.engine.communicator import Communicator, RankSpec, connect, open_store
@@ -29,6 +28,7 @@ from distributed_unlearn.engine.round_state import load_round, restore_start, sa
 from distributed_unlearn.engine.training import Trainer
 from distributed_unlearn.models.adapters import InsertedAdapter
 from distributed_unlearn.models.families import family_of
+from distributed_unlearn.models.trainable import trainable_parameters
 from distributed_unlearn.records import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.workers.evidence import PredictionEvidence
 from distributed_unlearn.workers.messages import (
@@ -196,7 +196,7 @@ class Worker:
         config, dtype = spec.model, getattr(torch, spec.model.dtype)
         model, adapter = load_model(config, dtype, spec.zero_stage, self.communicator.device, dtype)
         self._trained = spec, adapter
-        names = trainable_names(model, config.trainable, None if adapter is None else adapter.names)
+        names = trainable_parameters(model, family_of(config.task), config.trainable, adapter)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
         self._trainer = Trainer(model, self._corpus, spec, self.communicator)

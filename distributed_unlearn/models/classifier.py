@@ -11,63 +11,34 @@ from distributed_unlearn.curvature.segments import Blocks, no_split_blocks
 from distributed_unlearn.models.cnn import register_own_models
 from distributed_unlearn.models.family import ActivationSizes, CheckBatch, build, transformer_activations
 from distributed_unlearn.models.image_processor import save_image_processor
-from distributed_unlearn.models.processor import save_tokenizer
+from distributed_unlearn.models.text_model import TextModel, random_tokens
 
 _DEFAULT_CHECK_PIXELS = 32
 """Height and width of a check's images where the configuration names none."""
 
 
-class SequenceClassifier:
+class SequenceClassifier(TextModel):
     """A transformer with a classification head; decoders read the class off the last token that is no padding."""
 
     kind = "sequence classifier"
     auto_class = AutoModelForSequenceClassification
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Attention and experts as plain operations: fused kernels have no second derivative."""
-        return {"attn_implementation": "eager", "experts_implementation": "eager"}
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """No cache: a block is run more than once on the same input."""
-        return {"use_cache": False}
-
-    def part_config(self, hf_config: Any) -> Any:
-        """The whole configuration."""
-        return hf_config
-
     def blocks(self, model: nn.Module) -> Blocks:
         """The transformer's layers."""
         return layered_blocks(model)
 
-    def context_length(self, hf_config: Any) -> int | None:
-        """`max_position_embeddings` of the text part."""
-        return int(getattr(hf_config.get_text_config(), "max_position_embeddings", 0) or 0) or None
-
-    def vocab_size(self, hf_config: Any) -> int | None:
-        """Rows of the input embedding."""
-        return int(getattr(hf_config.get_text_config(), "vocab_size", 0) or 0) or None
-
     def check_batch(self, hf_config: Any, batch_size: int, sequence_length: int, seed: int) -> CheckBatch:
         """Random tokens, padded on the right, and random classes."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (batch_size, sequence_length)
         pad = int(getattr(hf_config.get_text_config(), "pad_token_id", None) or 0)
-        ids = torch.randint(0, self.vocab_size(hf_config) or 2, shape, generator=generator)
-        lengths = torch.randint(sequence_length // 2, sequence_length + 1, shape[:1], generator=generator)
-        mask = torch.arange(sequence_length)[None, :] < lengths[:, None]
-        classes = torch.randint(0, int(hf_config.num_labels), shape[:1], generator=generator)
+        ids, mask = random_tokens(self.vocab_size(hf_config) or 2, batch_size, sequence_length, generator)
+        classes = torch.randint(0, int(hf_config.num_labels), (batch_size,), generator=generator)
         return CheckBatch({"input_ids": torch.where(mask, ids, pad), "attention_mask": mask.long()}, classes)
 
     def activation_sizes(self, hf_config: Any, micro_batch_size: int, record_size: int) -> ActivationSizes:
         """Of a transformer."""
         num_logits = micro_batch_size * int(hf_config.num_labels)
         return transformer_activations(hf_config.get_text_config(), micro_batch_size, record_size, num_logits)
-
-    def save_processor(self, path: str, revision: str | None, folder: Path) -> None:
-        """The tokenizer."""
-        save_tokenizer(path, revision, folder)
 
 
 class ImageClassifier:
@@ -91,9 +62,9 @@ class ImageClassifier:
         """None."""
         return {}
 
-    def part_config(self, hf_config: Any) -> Any:
-        """The whole configuration."""
-        return hf_config
+    def idle(self, model: nn.Module) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
 
     def blocks(self, model: nn.Module) -> Blocks:
         """The network's layers, or those of its stages."""

@@ -76,12 +76,8 @@ class ModelFamily(Protocol):
         """Keyword arguments of every forward call beside a batch's own."""
         ...
 
-    def part_config(self, hf_config: Any) -> Any:
-        """The configuration of what is opened: that of the language model inside a multimodal one, else `hf_config`.
-
-        Raises:
-            ModelError: an architecture that this family does not open.
-        """
+    def idle(self, model: nn.Module) -> frozenset[str]:
+        """Qualified names of parameters that no prediction depends on: never changed, and saved as they were."""
         ...
 
     def blocks(self, model: nn.Module) -> Blocks:
@@ -146,10 +142,6 @@ def refuse_half_statistics(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def build(family: ModelFamily, hf_config: Any) -> nn.Module:
-    """The architecture with random weights (without any under `accelerate.init_empty_weights`).
-
-    Raises:
-        ModelError: an architecture that the family does not open.
-    """
-    model: nn.Module = family.auto_class.from_config(family.part_config(hf_config), **family.arguments)
+    """The architecture with random weights (without any under `accelerate.init_empty_weights`)."""
+    model: nn.Module = family.auto_class.from_config(hf_config, **family.arguments)
     return model

@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from transformers.utils import logging
 
 from distributed_unlearn.config import ModelConfig
-from distributed_unlearn.curvature.segments import find_segments, trainable_names
+from distributed_unlearn.curvature.segments import find_segments
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.models.adapters import insert_adapter
 from distributed_unlearn.models.base_of_adapter import opened_as
@@ -24,6 +24,7 @@ from distributed_unlearn.models.checkpoint import load_model_config, require_saf
 from distributed_unlearn.models.families import family_of
 from distributed_unlearn.models.family import ModelFamily, build
 from distributed_unlearn.models.stored import FLOAT_DTYPES, StoredTensor, stored_tensors
+from distributed_unlearn.models.trainable import trainable_parameters
 
 
 def check_checkpoint(config: ModelConfig, zero_stage: int) -> None:
@@ -39,7 +40,7 @@ def check_checkpoint(config: ModelConfig, zero_stage: int) -> None:
     family = family_of(config.task)
     model = empty_model(family, load_model_config(config))
     inserted = insert_adapter(model, config)
-    trainable_names(model, config.trainable, None if inserted is None else inserted.names)
+    trainable_parameters(model, family, config.trainable, inserted)
     refuse_one_segment(find_segments(model, family.blocks(model), family.constants).fallback_reason, zero_stage)
 
 
@@ -115,7 +116,7 @@ def _load_empty(
         with _silence():
             _, found = architecture.from_pretrained(
                 None,
-                config=copy.deepcopy(family.part_config(hf_config)),
+                config=copy.deepcopy(hf_config),
                 state_dict=values,
                 device_map={"": "meta"},
                 dtype=torch.float32,

@@ -63,6 +63,12 @@ def float_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype | None:
     return found
 
 
+def held_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype that weights are loaded in, and frozen ones kept in: bfloat16 or float16 as the files, else float32."""
+    own = float_dtype(tensors)
+    return own if own in (torch.bfloat16, torch.float16) else torch.float32
+
+
 def read_headers(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file.
 

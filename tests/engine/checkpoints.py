@@ -42,6 +42,7 @@ def odd_llama() -> PreTrainedModel:
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
+            model.get_input_embeddings().weight[0] = 0.4  # the frozen row, which transformers leaves at zero
     return model.eval()
 
 
@@ -75,6 +76,8 @@ def write_checkpoints(folder: Path) -> None:
     _blockless().save_pretrained(folder / "blockless")
     _write_adapter(folder, "odd_llama", "lora")
     _write_adapter(folder, "odd_llama_bf16", "lora_bf16")
+    odd_llama().to(torch.float16).save_pretrained(folder / "odd_llama_fp16")
+    word_tokenizer().save_pretrained(folder / "odd_llama_fp16")
 
 
 def _write_adapter(folder: Path, base: str, name: str) -> None:

@@ -65,21 +65,14 @@ def export_families(place: Place, plan: ExportPlan) -> None:
 def open_adapters(place: Place, folder: Path) -> None:
     """An adapter on a bfloat16 base, opened in both compute dtypes and written in both forms. All ranks must call this.
 
-    Hands back: how weights are held, the root's as gathered, and what survives of a small update.
+    Hands back: how weights are held, the root's as gathered, and what survives of a small update; the first two of a
+    float16 model of which little is trainable, too.
     """
     worker, found = join_worker(place), {}
     base = ModelConfig(path=str(folder / "lora_bf16"))
     for stage, dtype in ((0, "float32"), (3, "float32"), (3, "bfloat16")):
         worker.open_model(base, dtype, stage)
-        weights, segments = worker.opened.weights, worker.opened.layout.segments
-        held = {name: p.dtype for name, p in worker.opened.model.named_parameters() if "embed_tokens" in name}
-        found[stage, dtype] = {
-            "held": weights._frozen.dtype if stage == 3 else held["model.embed_tokens.weight"],
-            "copies": None if stage == 3 else weights._frozen,
-            "master": weights.master.dtype,
-            "used": weights.segment_weights(segments[0])["model.embed_tokens.weight"],
-            "exact": weights.master_segment_weights(segments[0])["model.embed_tokens.weight"],
-        }
+        found[stage, dtype], weights = _held_weights(worker, stage), worker.opened.weights
         if dtype == "float32":
             weights.set_master(weights.master + 0.1 * worker.opened.space.random_normal(weights.master, 2))
             for form in ("adapter", "merged"):
@@ -87,4 +80,20 @@ def open_adapters(place: Place, folder: Path) -> None:
                 target.mkdir(exist_ok=True)
                 worker.communicator.barrier()
                 found[stage, form] = worker.export(str(target), base, SaveConfig(adapter=form))
+    for stage in (0, 3):
+        worker.open_model(ModelConfig(path=str(folder / "odd_llama_fp16"), trainable=("*norm*",)), "float32", stage)
+        found["float16", stage] = _held_weights(worker, stage)
     place.file("sections").write_bytes(pickle.dumps(found))
+
+
+def _held_weights(worker: Worker, stage: int) -> dict[str, Any]:
+    weights, root = worker.opened.weights, worker.opened.layout.segments[0]
+    held = {name: p.dtype for name, p in worker.opened.model.named_parameters() if "embed_tokens" in name}
+    frozen = weights._frozen
+    return {
+        "held": held["model.embed_tokens.weight"] if frozen is None else frozen.dtype,
+        "copies": None if stage == 3 else frozen,
+        "master": weights.master.dtype,
+        "used": weights.segment_weights(root)["model.embed_tokens.weight"],
+        "exact": weights.master_segment_weights(root)["model.embed_tokens.weight"],
+    }

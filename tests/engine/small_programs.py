@@ -59,7 +59,6 @@ def collectives(place: Place, arguments: Any) -> dict[str, Any]:
         "one is false": communicator.all_true(place.rank != 1),
         "all true": communicator.all_true(True),
         "objects": communicator.gather_objects({"rank": place.rank}),
-        "broadcast": communicator.broadcast_object(f"from {place.rank}"),
     }
     communicator.barrier()
     return found

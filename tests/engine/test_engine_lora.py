@@ -31,6 +31,15 @@ def test_the_base_is_held_once_in_its_own_dtype_and_used_in_the_compute_dtype(pl
 
 
 @pytest.mark.parametrize("stage", [0, 3])
+def test_frozen_weights_of_float16_files_stay_in_float16(stage, ranks, checkpoints):
+    source = load_file(checkpoints / "odd_llama_fp16" / "model.safetensors")["model.embed_tokens.weight"]
+    for rank in ranks:
+        found = rank["float16", stage]
+        assert found["held"] == torch.float16 and found["copies"] is None and found["master"] == torch.float32
+        assert torch.equal(found["used"], source.float()) and torch.equal(found["exact"], source.float())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
 def test_the_merged_checkpoint_is_the_base_plus_the_adapter(stage, ranks, checkpoints):
     base = load_file(checkpoints / "odd_llama_bf16" / "model.safetensors")
     merged = load_file(checkpoints / f"merged {stage}" / "model.safetensors")

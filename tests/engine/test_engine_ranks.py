@@ -63,5 +63,4 @@ def test_collectives(tmp_path):
             "one is false": False,
             "all true": True,
             "objects": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
-            "broadcast": "from 0",
         }

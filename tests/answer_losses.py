@@ -1,4 +1,4 @@
-"""From logits to one number per record: the answer's loss and its correctly predicted tokens."""
+"""The slow truth of losses: from all logits of whole sequences to one number a record."""
 
 import torch
 from torch import Tensor
