@@ -70,9 +70,7 @@ def main() -> None:
     except ConfigError as error:
         raise SystemExit(f"{error.got}: choose another folder or give --overwrite") from None
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    write_records(
-        arguments.source, arguments.folder, arguments.num_records, arguments.text == "all", arguments.seed
-    )
+    write_records(arguments.source, arguments.folder, arguments.num_records, arguments.text == "all", arguments.seed)
     write_model(arguments.base, arguments.folder, arguments.overwrite, arguments.seed)
 
 

@@ -5,9 +5,8 @@
 Nothing is downloaded. `cnn` (1,898 parameters) reads scikit-learn's digits as they are, 8 x 8; `resnet18` (11.2
 million) has an image processor that enlarges them to 32 x 32. The running statistics of its batch normalisation, which
 neither training nor unlearning changes, are those of random images: they know nothing of any record. Of the 1,797
-digits `holdout_ids.txt` names 297 that are never trained on, and `forget_ids.txt` a tenth of the others; both are drawn
-by --seed, so that what is held out is as hard as what is forgotten would be had it not been seen. (The last digits of the
-file are by other writers, and harder.)
+digits `holdout_ids.txt` names 297 that are never trained on, and `forget_ids.txt` a tenth of the others. Both are drawn
+by --seed: the last digits of the data are by other writers, and harder than what is to be forgotten.
 """
 
 import argparse

@@ -9,10 +9,10 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from distributed_unlearn.config import ObjectiveConfig
 from distributed_unlearn.errors import ConfigError, NumericalError
 from distributed_unlearn.objectives.build import build_objective
-from distributed_unlearn.objectives.losses import correct_tokens, token_nll
 from distributed_unlearn.objectives.predictions import Constants, MinibatchTotals, Predictions
 from distributed_unlearn.objectives.record_terms import NegativePreferenceTerm
 from distributed_unlearn.objectives.terms import Needs
+from tests.answer_losses import correct_tokens, token_nll
 
 HOLDOUT = 1.3
 WEIGHTS = {"retain_weight": 0.7, "forget_weight": 1.9}

@@ -14,7 +14,7 @@ from distributed_unlearn.curvature.reference import (
     gauss_newton_product,
     zero_frozen_rows_,
 )
-from distributed_unlearn.objectives.losses import token_nll
+from tests.answer_losses import token_nll
 from tests.dense import FreeEntries, dense_gauss_newton, dense_hessian, forward_over_reverse
 from tests.families import FAMILIES, VOCABULARY, random_batch, random_tangent, tiny_model
 

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -14,16 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from distributed_unlearn.data.batches import PredictionBatch
 from distributed_unlearn.data.corpus import TextRecord
 from distributed_unlearn.data.lengths import Encoded, check_too_long, some_ids
+from distributed_unlearn.data.packed import PackedTokens, join_packed, pack
 from distributed_unlearn.errors import DataError, ModelError
 
 RECORDS_PER_CALL = 1024
 """Records tokenised at once: bounds the memory of the offsets, which are far larger than the tokens."""
-SMALLEST_WIDTH = 8
-"""Width of the batch that stands for no records."""
 
 
 @dataclass(frozen=True, eq=False)
-class TokenCorpus:
+class TokenCorpus(PackedTokens):
     """All records' tokens in one array, cheap to share without copies through an object store; a `Corpus`.
 
     Record `i` owns `tokens[offsets[i]:offsets[i + 1]]`; its first `prompt_lengths[i]` tokens are given, the rest
@@ -40,25 +38,6 @@ class TokenCorpus:
 
     def __post_init__(self) -> None:
         assert len(self.offsets) == len(self.prompt_lengths) + 1 and self.offsets[-1] == len(self.tokens)
-
-    @property
-    def num_records(self) -> int:
-        """Number of records."""
-        return len(self.prompt_lengths)
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest record."""
-        return int(np.diff(self.offsets).max(initial=1))
-
-    @property
-    def largest_token_id(self) -> int:
-        """Of all records."""
-        return int(self.tokens.max())
-
-    def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens per record, prompt and answer: int64, the shape of `indices`."""
-        return self.offsets[indices + 1] - self.offsets[indices]
 
     def num_answer_tokens(self, indices: np.ndarray) -> np.ndarray:
         """Predicted tokens per record, at least 1: int64, the shape of `indices`."""
@@ -169,10 +148,10 @@ def encode_records(
     kept = [index for index in range(len(records)) if index not in dropped]
     if not kept:
         raise DataError(f"no record left of {len(records)}", "at least one", "raise data.max_length or add records")
-    pieces = [encoded[index].token_ids[:max_length] for index in kept]
+    tokens, offsets = pack([encoded[index].token_ids[:max_length] for index in kept])
     corpus = EncodedCorpus(
-        tokens=np.concatenate([np.asarray(piece, dtype=np.int32) for piece in pieces]),
-        offsets=np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64),
+        tokens=tokens,
+        offsets=offsets,
         prompt_lengths=np.array([encoded[index].prompt_length for index in kept], dtype=np.int32),
         record_ids=tuple(records[index].record_id for index in kept),
         subject_ids=tuple(records[index].subject_id for index in kept),
@@ -188,7 +167,6 @@ def join(corpora: Sequence[EncodedCorpus]) -> EncodedCorpus:
     Raises:
         DataError: an id that occurs in more than one of them.
     """
-    assert corpora and len({corpus.pad_token_id for corpus in corpora}) == 1, "corpora of different tokenizers"
     counts = Counter(record_id for corpus in corpora for record_id in corpus.record_ids)
     repeated = [record_id for record_id, count in counts.items() if count > 1]
     if repeated:
@@ -197,11 +175,10 @@ def join(corpora: Sequence[EncodedCorpus]) -> EncodedCorpus:
             "ids that are unique over all files",
             "give the holdout file an id column with ids of its own",
         )
-    starts = np.cumsum([0, *(len(corpus.tokens) for corpus in corpora)])
-    shifted = [corpus.offsets[1:] + start for corpus, start in zip(corpora, starts[:-1], strict=True)]
+    tokens, offsets = join_packed(corpora)
     return EncodedCorpus(
-        tokens=np.concatenate([corpus.tokens for corpus in corpora]),
-        offsets=np.concatenate([np.zeros(1, dtype=np.int64), *shifted]),
+        tokens=tokens,
+        offsets=offsets,
         prompt_lengths=np.concatenate([corpus.prompt_lengths for corpus in corpora]),
         record_ids=tuple(record_id for corpus in corpora for record_id in corpus.record_ids),
         subject_ids=tuple(subject_id for corpus in corpora for subject_id in corpus.subject_ids),
@@ -210,31 +187,21 @@ def join(corpora: Sequence[EncodedCorpus]) -> EncodedCorpus:
 
 
 def collate(corpus: TokenCorpus, indices: np.ndarray, pad_to_multiple: int = 8) -> TokenBatch:
-    """Pad records on the right to a common width: a multiple of `pad_to_multiple`, or the longest record's length.
-
-    The longest record fits into the model's context; a width rounded up beyond it need not, and positions that are
-    learned end there.
+    """Records padded on the right, and which of their tokens are predicted; see `PackedTokens.padded`.
 
     Args:
         corpus: The tokens.
         indices: int [B], which records, in this order. Empty: one row of padding that predicts nothing and
-            attends to its first position, so that a rank without records can still enter collectives.
-        pad_to_multiple: At least 1. Fewer distinct shapes; never changes a result, the padding being masked.
+            attends to its first position.
+        pad_to_multiple: See `PackedTokens.padded`.
 
     Returns:
         `TokenBatch` on the CPU.
     """
-    assert pad_to_multiple >= 1
     indices = np.asarray(indices, dtype=np.int64)
-    lengths, prompt_lengths = corpus.lengths(indices), corpus.prompt_lengths[indices]
-    if len(indices) == 0:
-        lengths = prompt_lengths = np.array([1])
-    widest = int(lengths.max()) if len(indices) else min(SMALLEST_WIDTH, corpus.longest)
-    width = min(-(-widest // pad_to_multiple) * pad_to_multiple, max(corpus.longest, widest))
-    input_ids = np.full((len(lengths), width), corpus.pad_token_id, dtype=np.int64)
-    for row, index in enumerate(indices):
-        input_ids[row, : lengths[row]] = corpus.tokens[corpus.offsets[index] : corpus.offsets[index + 1]]
-    positions = np.arange(width)
+    input_ids, lengths = corpus.padded(indices, pad_to_multiple)
+    prompt_lengths = corpus.prompt_lengths[indices] if len(indices) else np.array([1])
+    positions = np.arange(input_ids.shape[1])
     inside = positions < lengths[:, None]
     return TokenBatch(
         input_ids=torch.from_numpy(input_ids),

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -13,7 +12,8 @@ from distributed_unlearn.config import DataConfig
 from distributed_unlearn.data.batches import PredictionBatch
 from distributed_unlearn.data.classes import Labels, class_number
 from distributed_unlearn.data.corpus import TextRecord, load_records
-from distributed_unlearn.data.encoding import RECORDS_PER_CALL, SMALLEST_WIDTH, EncodingReport
+from distributed_unlearn.data.encoding import RECORDS_PER_CALL, EncodingReport
+from distributed_unlearn.data.packed import PackedTokens, join_packed, pack
 from distributed_unlearn.errors import DataError
 
 PAD_TO_MULTIPLE = 8
@@ -21,7 +21,7 @@ PAD_TO_MULTIPLE = 8
 
 
 @dataclass(frozen=True, eq=False)
-class TextClassCorpus:
+class TextClassCorpus(PackedTokens):
     """Texts of a classifier as tokens, with their classes; a `Corpus`.
 
     Record `i` owns `tokens[offsets[i]:offsets[i + 1]]`.
@@ -38,25 +38,6 @@ class TextClassCorpus:
     def __post_init__(self) -> None:
         assert len(self.offsets) == len(self.classes) + 1 and self.offsets[-1] == len(self.tokens)
 
-    @property
-    def num_records(self) -> int:
-        """Number of records."""
-        return len(self.classes)
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest record."""
-        return int(np.diff(self.offsets).max(initial=1))
-
-    @property
-    def largest_token_id(self) -> int:
-        """Of all records."""
-        return int(self.tokens.max())
-
-    def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens per record: int64, the shape of `indices`."""
-        return self.offsets[indices + 1] - self.offsets[indices]
-
     def num_answer_tokens(self, indices: np.ndarray) -> np.ndarray:
         """One prediction a record."""
         return np.ones(np.shape(indices), dtype=np.int64)
@@ -64,14 +45,8 @@ class TextClassCorpus:
     def batch(self, indices: np.ndarray) -> PredictionBatch:
         """Records padded on the right; see `Corpus.batch`."""
         indices = np.asarray(indices, dtype=np.int64)
-        lengths = self.lengths(indices) if len(indices) else np.array([1])
-        widest = int(lengths.max()) if len(indices) else SMALLEST_WIDTH
-        # A width beyond the longest record's could lie beyond the positions that the model has.
-        width = min(-(-widest // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE, self.longest)
-        input_ids = np.full((len(lengths), width), self.pad_token_id, dtype=np.int64)
-        for row, index in enumerate(indices):
-            input_ids[row, : lengths[row]] = self.tokens[self.offsets[index] : self.offsets[index + 1]]
-        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+        input_ids, lengths = self.padded(indices, PAD_TO_MULTIPLE)
+        mask = (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64)
         rows = torch.arange(len(indices))
         return PredictionBatch(
             inputs={"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)},
@@ -126,9 +101,10 @@ def encode_texts(
     _refuse_empty(records, encoded)
     kept = _kept(records, encoded, max_length, too_long, protected_ids)
     numbers = [class_number(records[i].answer, class_names, records[i].record_id) for i in kept]
+    tokens, offsets = pack([encoded[i] for i in kept])
     corpus = TextClassCorpus(
-        tokens=np.concatenate([np.asarray(encoded[i], dtype=np.int32) for i in kept]),
-        offsets=np.concatenate([[0], np.cumsum([len(encoded[i]) for i in kept])]).astype(np.int64),
+        tokens=tokens,
+        offsets=offsets,
         classes=np.array(numbers, dtype=np.int64),
         pad_token_id=int(tokenizer.pad_token_id),
     )
@@ -143,11 +119,10 @@ def encode_texts(
 
 def join_texts(corpora: Sequence[TextClassCorpus]) -> TextClassCorpus:
     """One after the other; all of one tokenizer."""
-    starts = np.cumsum([0, *(len(corpus.tokens) for corpus in corpora)])
-    shifted = [corpus.offsets[1:] + start for corpus, start in zip(corpora, starts[:-1], strict=True)]
+    tokens, offsets = join_packed(corpora)
     return TextClassCorpus(
-        tokens=np.concatenate([corpus.tokens for corpus in corpora]),
-        offsets=np.concatenate([np.zeros(1, dtype=np.int64), *shifted]),
+        tokens=tokens,
+        offsets=offsets,
         classes=np.concatenate([corpus.classes for corpus in corpora]),
         pad_token_id=corpora[0].pad_token_id,
     )

@@ -46,6 +46,18 @@ def _connect(host: str, **variables: str) -> tuple[str, set[str]]:
     return interface, {ip.removeprefix("::ffff:") for ip in listening}
 
 
+@pytest.mark.parametrize(("backend", "name"), [("gloo", "lo"), ("nccl", "=lo")])
+def test_each_backend_is_told_the_shared_network(backend, name, monkeypatch):
+    """NCCL takes a bare name for the beginning of names."""
+    variable = f"{backend.upper()}_SOCKET_IFNAME"
+    monkeypatch.setenv(variable, "")
+    communicator._choose_interface(backend, "127.0.0.1")
+    assert os.environ[variable] == name
+    monkeypatch.setenv(variable, "eth7")
+    communicator._choose_interface(backend, "127.0.0.1")
+    assert os.environ[variable] == "eth7"
+
+
 @pytest.mark.timeout(900, method="signal")
 def test_gloo_listens_on_the_nodes_own_address_alone():
     """The machine's name stands for one address at most, so that one of the two fails where it decides."""
