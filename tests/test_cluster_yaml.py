@@ -140,10 +140,15 @@ def test_recipe_is_a_valid_job(recipe):
     assert job.output.startswith("runs/")
 
 
-def test_recipes_fit_together():
+@pytest.mark.parametrize(
+    "stem", ["smollm2_tofu", "smollm2_tofu_lora", "smollm2_ag_news", "digits_cnn", "digits_resnet18"]
+)
+def test_recipes_fit_together(stem):
     train, retrain, unlearn = (
-        load_job(ROOT / "jobs" / f"smollm2_tofu_{name}.yaml", []) for name in ("train", "retrain", "unlearn")
+        load_job(ROOT / "jobs" / f"{stem}_{name}.yaml", []) for name in ("train", "retrain", "unlearn")
     )
+    assert train.data == retrain.data == unlearn.data and train.model == retrain.model
+    assert train.model.trainable == unlearn.model.trainable and train.model.task == unlearn.model.task
     assert train.train is not None and retrain.train is not None
     assert retrain.train.exclude_forget and not train.train.exclude_forget
     assert retrain.train.model_copy(update={"exclude_forget": False}) == train.train

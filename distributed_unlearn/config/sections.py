@@ -48,10 +48,11 @@ class ModelConfig(StrictModel):
     """What the model predicts: the next token, or the class of a text or an image."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype. Trainable weights always keep an fp32 master shard beside it."""
+    """Compute dtype. Trainable weights always keep an fp32 master shard beside it; in unlearning, frozen ones are kept
+    once, in the dtype of their files."""
     trainable: Literal["all"] | tuple[str, ...] = "all"
     """`all`, or shell patterns matched against parameter names, e.g. `["*.mlp.*", "*.norm.weight"]`; with an adapter
-    all of the adapter's weights, or those of them that match."""
+    all of the adapter's weights, or those of them that match. The vision tower of a multimodal model never is."""
     adapter: AdapterConfig | None = None
     """LoRA: train and unlearn an adapter on a frozen base. A new one, `{name: lora, rank: 8, alpha: 16,
     target_modules: [q_proj, v_proj]}`, or one to go on from, `{path: FOLDER}`."""
