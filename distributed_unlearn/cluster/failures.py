@@ -15,12 +15,21 @@ PATIENCE_SECONDS = 20.0
 HEARTBEAT_SECONDS = 30.0
 
 
+class SilentWorkerError(RayError):
+    """A worker that neither ended its call nor answered a question after a peer had raised."""
+
+    def __init__(self, rank: int, error: RayError) -> None:
+        super().__init__(f"worker {rank} raised: {last_line(error)}")
+        self.worker_traceback = str(error)
+
+
 def first_cause(error: RayError, rank: int, calls: Sequence[Any], actors: Sequence[Any]) -> tuple[RayError, int]:
     """The failure to report, and its rank. `calls` are the pending results of `actors`, in the same order.
 
     Peers of a worker that died raise ("connection reset"), and may do so before Ray misses it. So where a worker
     raised, the others are waited for until one turns out dead, or each has ended its call or answered a question
-    asked now: who lives after the peer failed is not the cause.
+    asked now: who lives after the peer failed is not the cause, and who does neither is (a stopped process, for which
+    its peers waited in vain).
     """
     if not isinstance(error, RayTaskError) or isinstance(error.cause, UserError):
         return error, rank
@@ -42,7 +51,8 @@ def first_cause(error: RayError, rank: int, calls: Sequence[Any], actors: Sequen
             except RayError as death:
                 return death, index
             waiting = {other: its for other, its in waiting.items() if its != index}
-    return error, rank
+    silent = min(waiting.values(), default=None)
+    return (error, rank) if silent is None else (SilentWorkerError(rank, error), silent)
 
 
 def call_failure(error: RayError, rank: int, method: str) -> UserError:
@@ -57,6 +67,14 @@ def call_failure(error: RayError, rank: int, method: str) -> UserError:
             "enough memory on every node for the workers placed there",
             "lower curvature.micro_batch_size, raise cluster.num_workers and spread them over more "
             "nodes, or set curvature.mode to recompute",
+        )
+    if isinstance(error, SilentWorkerError):
+        return WorkerError(
+            f"worker {rank}, which does not answer during '{method}' ({last_line(error)})",
+            "every worker to finish the call",
+            "see whether its process is stopped or its node frozen; nothing was written, so the job can simply be "
+            "run again",
+            worker_traceback=error.worker_traceback,
         )
     what = "raised an error" if isinstance(error, RayTaskError) else "died"
     return WorkerError(

@@ -3,14 +3,16 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
 
 from distributed_unlearn.cluster.authentication import ray_address
 from distributed_unlearn.cluster.failures import last_line
+from distributed_unlearn.cluster.local_ray import private_folder
 from distributed_unlearn.cluster.worker_group import RayWorkerGroup
 from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.errors import ResourceError, WorkerError
@@ -19,14 +21,7 @@ from distributed_unlearn.errors import ResourceError, WorkerError
 START_ATTEMPTS = 3
 
 
-def _start(config: ClusterConfig) -> None:
-    cpus = os.cpu_count() or 1
-    if config.num_workers * config.cpus_per_worker > cpus:
-        raise ResourceError(
-            f"{config.num_workers} workers of {config.cpus_per_worker} CPU(s) on a machine with {cpus}",
-            f"at most {cpus // config.cpus_per_worker} workers",
-            "lower cluster.num_workers or cluster.cpus_per_worker",
-        )
+def _start(config: ClusterConfig, folder: Path) -> None:
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
@@ -34,6 +29,7 @@ def _start(config: ClusterConfig) -> None:
                 include_dashboard=False,
                 dashboard_host="127.0.0.1",
                 _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
@@ -45,9 +41,19 @@ def _start(config: ClusterConfig) -> None:
             raise ResourceError(
                 f"no local Ray ({_first_line(error)})",
                 "a machine where Ray can start; with RAY_AUTH_MODE=token in the environment, a token beside it",
-                "unset RAY_AUTH_MODE, see the logs in /tmp/ray/session_latest/logs, or do without Ray "
+                "unset RAY_AUTH_MODE, see Ray's logs, or do without Ray "
                 "(cluster.backend=in_process cluster.num_workers=1)",
             ) from error
+
+
+def _require_cpus(config: ClusterConfig) -> None:
+    cpus = os.cpu_count() or 1
+    if config.num_workers * config.cpus_per_worker > cpus:
+        raise ResourceError(
+            f"{config.num_workers} workers of {config.cpus_per_worker} CPU(s) on a machine with {cpus}",
+            f"at most {cpus // config.cpus_per_worker} workers",
+            "lower cluster.num_workers or cluster.cpus_per_worker",
+        )
 
 
 def _join(address: str) -> None:
@@ -77,13 +83,21 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if address is not None:
+        with _connected(lambda: _join(address)):
+            yield
+        return
+    _require_cpus(config)
+    with private_folder() as folder, _connected(lambda: _start(config, folder)):
+        yield
+
+
+@contextmanager
+def _connected(connect: Callable[[], None]) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            if address is None:
-                _start(config)
-            else:
-                _join(address)
+            connect()
         finally:
             if callable(handler):
                 signal.signal(signal.SIGTERM, handler)  # Ray's own aborts the process before anything is ended

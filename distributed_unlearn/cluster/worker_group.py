@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from distributed_unlearn.cluster.actor import Placement, RankActor
 from distributed_unlearn.cluster.authentication import ray_address
 from distributed_unlearn.cluster.failures import call_failure, first_cause, states
+from distributed_unlearn.cluster.pulse import HEAD_SECONDS, LOCAL_HEAD_SECONDS, HeadPulse, WorkerPulse
 from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.engine.communicator import RankSpec
 from distributed_unlearn.errors import ResourceError, WorkerError
@@ -94,7 +95,11 @@ class RayWorkerGroup:
         self._actors: list[Any] = []
         self._placements: list[Placement] = []
         self._placement_group: PlacementGroup | None = None
-        if ray_address(config) is None:
+        is_local = ray_address(config) is None
+        patience = LOCAL_HEAD_SECONDS if is_local else HEAD_SECONDS
+        self._head = HeadPulse(ray.get_runtime_context().gcs_address, patience)
+        self._pulse: WorkerPulse | None = None
+        if is_local:
             check_capacity(config)  # a local Ray never grows
         try:
             self._start(*self._reserve())
@@ -121,6 +126,7 @@ class RayWorkerGroup:
         config, reserved = self._config, None
         deadline, announced = time.monotonic() + config.placement_timeout_seconds, False
         while True:
+            self._head.check()
             bundle = _needs(config)
             if bundle != reserved:
                 self._give_place_back()
@@ -160,6 +166,8 @@ class RayWorkerGroup:
         by_rank = sorted(range(len(actors)), key=lambda index: specs[index].rank)
         self._actors = [actors[index] for index in by_rank]
         self._placements = [placements[index] for index in by_rank]
+        # Only now: an actor that is still importing cannot answer.
+        self._pulse = WorkerPulse(self._actors, self._placements, config.collective_timeout_seconds)
         host, timeout = self._placements[0].address, config.collective_timeout_seconds
         port = self.call_rank_zero("open_rendezvous", host, timeout)
         ordered = sorted(specs, key=lambda spec: spec.rank)
@@ -187,8 +195,10 @@ class RayWorkerGroup:
         deadline = time.monotonic() + self._config.call_timeout_seconds
         pending, found = list(refs), {}
         while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
+            self._check_pulses(method)
+            seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
+            ready, pending = ray.wait(pending, num_returns=1, timeout=seconds)
+            if not ready and time.monotonic() >= deadline:
                 raise self._hung(method)
             for ref in ready:
                 try:
@@ -198,6 +208,16 @@ class RayWorkerGroup:
                     self.shutdown()
                     raise call_failure(cause, rank, method) from None
         return [found[ref] for ref in refs]
+
+    def _check_pulses(self, method: str) -> None:
+        """Name what is silent; end all workers and raise where it is so for too long."""
+        try:
+            self._head.check()
+            if self._pulse is not None:
+                self._pulse.check(method)
+        except WorkerError:
+            self.shutdown()
+            raise
 
     def _hung(self, method: str) -> WorkerError:
         """Ask every actor what it is doing, name the silent ones, end all."""
@@ -217,7 +237,7 @@ class RayWorkerGroup:
         actors, self._actors = self._actors, []
         if not ray.is_initialized():
             return  # everything ended with it; some of Ray's functions would start a new one
-        for actor in actors:
+        for actor in () if self._head.is_gone else actors:
             with _logged("end a worker"):
                 ray.kill(actor, no_restart=True)
         self._give_place_back()
@@ -226,7 +246,7 @@ class RayWorkerGroup:
 
     def _give_place_back(self) -> None:
         place, self._placement_group = self._placement_group, None
-        if place is not None:
+        if place is not None and not self._head.is_gone:  # else Ray waits for a head, and then aborts this process
             with _logged("give the workers' place back"):
                 remove_placement_group(place)
 
@@ -236,7 +256,7 @@ class RayWorkerGroup:
             return
         here = ray.get_runtime_context().get_node_id()
         local = [placement.process_id for placement in self._placements if placement.node_id == here]
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + (0 if self._head.is_gone else 5)
         while (local := [pid for pid in local if _is_rank_actor(pid)]) and time.monotonic() < deadline:
             time.sleep(0.05)
         for pid in local:

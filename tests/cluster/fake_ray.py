@@ -53,6 +53,9 @@ class FakeRay:
         ready = [ref for ref in sorted(refs, key=lambda ref: ref.at) if ref.at <= self.now][:num_returns]
         return ready, [ref for ref in refs if ref not in ready]
 
+    def get_runtime_context(self) -> SimpleNamespace:
+        return SimpleNamespace(gcs_address="10.0.0.1:6379")
+
     def get(self, ref: FakeRef) -> Any:
         assert ref.at <= self.now, "would block"
         if isinstance(ref.outcome, BaseException):

@@ -127,6 +127,8 @@ class _Growing:
         self.started: list[tuple[dict[str, float], _Place]] = []
         monkeypatch.setattr(worker_group.ray, "cluster_resources", self.resources)
         monkeypatch.setattr(worker_group.ray, "is_initialized", lambda: True)
+        head = SimpleNamespace(gcs_address="10.0.0.1:6379")
+        monkeypatch.setattr(worker_group.ray, "get_runtime_context", lambda: head)
         monkeypatch.setattr(worker_group, "placement_group", self._reserve)
         monkeypatch.setattr(worker_group, "remove_placement_group", self.removed.append)
         monkeypatch.setattr(worker_group, "time", SimpleNamespace(monotonic=lambda: self.now))

@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from processes import Running, command_line, started
+from processes import Running, command_line, started, title
 from tiny_job import TinyJob
 
 pytestmark = [
@@ -42,11 +43,14 @@ def _num_steps(running: Running) -> int:
     return sum('"round_1/step"' in line for line in lines)
 
 
-def _assert_nothing_left(running: Running) -> None:
+def _assert_nothing_left(running: Running, logs_stay: bool = False) -> None:
     assert running.survivors(patience_seconds=60) == []
     left = {path.name for path in (running.folder / "out").iterdir()}
     assert left == {"metrics.jsonl", "tensorboard"}
     assert not (running.folder / ".ray").exists()  # no token file that others could read
+    if not logs_stay:
+        assert list(running.scratch.iterdir()) == []
+    assert all(path.name == "logs" for path in running.scratch.glob("ray-*/session_2*/*"))
     lines = (running.folder / "out" / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["values"] for line in lines)
 
@@ -60,7 +64,41 @@ def test_a_killed_worker_ends_the_job(endless: Running):
     assert "every worker to finish the call" in endless.err and "can simply be run again" in endless.err
     assert f"pid: {victim.pid}" in endless.err  # Ray's own account of it
     assert "Traceback (most recent call last)" not in endless.err
-    _assert_nothing_left(endless)
+    assert "Ray's own logs of this run stay in" in endless.err
+    _assert_nothing_left(endless, logs_stay=True)
+
+
+def test_a_head_that_is_gone_ends_the_job(endless: Running):
+    """Ray's own way is to abort the driver after 60 s."""
+    (head,) = (member for member in endless.family() if "gcs_server" in title(member))
+    head.kill()
+    before = time.monotonic()
+    assert endless.wait(END_SECONDS) == 8
+    assert time.monotonic() - before < 55
+    assert endless.err.count("error (worker): got no connection to the head of the Ray cluster at 127.0.0.1:") == 1
+    assert "Traceback" not in endless.err and "The program will terminate" not in endless.err
+    _assert_nothing_left(endless, logs_stay=True)
+
+
+def test_a_stopped_worker_is_named_within_a_minute(endless: Running):
+    """Whatever the timeouts: here the defaults, of half an hour and more. It goes on where the worker does."""
+    _, stopped = endless.actors()
+    stopped.suspend()
+    endless.wait_until(lambda: "has not answered for" in endless.err, 60)
+    assert f"(process {stopped.pid} at 127.0.0.1) has not answered for" in endless.err
+    assert endless.err.count("has not answered") == 1
+    stopped.resume()
+    endless.wait_until(lambda: "answers again" in endless.err, 60)
+    steps = _num_steps(endless)
+    endless.wait_until(lambda: _num_steps(endless) > steps, 120)
+
+
+def test_nothing_outlives_a_killed_driver(endless: Running):
+    """Neither workers nor Ray's agents, for which its own way takes more than a minute, nor its session folder."""
+    endless.process.kill()
+    endless.wait(30)
+    assert endless.survivors(patience_seconds=20) == []
+    assert list(endless.scratch.iterdir()) == []
 
 
 def test_sigterm_ends_everything(endless: Running):

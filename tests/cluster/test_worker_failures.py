@@ -1,5 +1,7 @@
 """Whose failure is reported, how, and after how long: on fake actors and a fake clock, without Ray's processes."""
 
+from types import SimpleNamespace
+
 import pytest
 from fake_ray import NEVER, FakeActor, FakeRay, FakeRef
 from ray import exceptions
@@ -18,8 +20,10 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from distributed_unlearn.cluster import failures, worker_group
-from distributed_unlearn.cluster.failures import PATIENCE_SECONDS, call_failure, first_cause, states
+from distributed_unlearn.cluster import failures, pulse, worker_group
+from distributed_unlearn.cluster.actor import Placement
+from distributed_unlearn.cluster.failures import PATIENCE_SECONDS, SilentWorkerError, call_failure, first_cause, states
+from distributed_unlearn.cluster.pulse import HEAD_SECONDS, LOCAL_HEAD_SECONDS, HeadPulse, WorkerPulse
 from distributed_unlearn.cluster.worker_group import RayWorkerGroup
 from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.errors import ModelError, ResourceError, WorkerError
@@ -37,8 +41,9 @@ GONE = ActorUnavailableError("The node is gone.", None)
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     ray = FakeRay()
-    for name in ("ray", "time"):
-        monkeypatch.setattr(failures, name, ray)
+    for module in (failures, pulse):
+        for name in ("ray", "time"):
+            monkeypatch.setattr(module, name, ray)
     return ray
 
 
@@ -72,10 +77,17 @@ def test_a_bug_is_reported_at_once_where_the_others_live(fake):
     assert fake.now == 0.2 and [actor.num_asked for actor in actors] == [1, 0, 1]
 
 
-def test_a_silent_peer_is_waited_for_and_no_longer(fake):
-    calls, actors = [FakeRef(0.0, RESET), FakeRef(NEVER)], [FakeActor(fake), FakeActor(fake, NEVER)]
-    assert first_cause(RESET, 0, calls, actors) == (RESET, 0)
+def test_a_silent_peer_is_waited_for_and_then_blamed(fake):
+    """A stopped process: its peer gives up in a collective, and its own call and heartbeat never end."""
+    calls = [FakeRef(0.0, RESET), FakeRef(NEVER), FakeRef(NEVER)]
+    cause, rank = first_cause(RESET, 0, calls, [FakeActor(fake), FakeActor(fake, 1.0), FakeActor(fake, NEVER)])
+    assert isinstance(cause, SilentWorkerError) and rank == 2
     assert fake.now == PATIENCE_SECONDS < 30
+    error = call_failure(cause, rank, "train_step")
+    assert isinstance(error, WorkerError) and "a traceback" in error.worker_traceback
+    assert error.got == (
+        "worker 2, which does not answer during 'train_step' (worker 0 raised: Connection reset by peer)"
+    )
 
 
 @pytest.mark.parametrize("error", [DEATH, raised(ModelError("a", "b", "c"))], ids=["death", "user's mistake"])
@@ -127,6 +139,105 @@ def test_a_worker_without_memory_gets_a_remedy_for_memory():
     assert isinstance(error, ResourceError) and error.exit_code == 6
     assert "worker 1" in error.got and "15.1GB / 16GB. Ray killed" in error.got and len(error.got) < 500
     assert "micro_batch_size" in error.remedy and "num_workers" in error.remedy
+
+
+class Watched:
+    """Two workers that are asked for their pulse every two seconds of a fake clock."""
+
+    def __init__(self, fake: FakeRay, patience_seconds: float) -> None:
+        self.fake, self.actors = fake, [FakeActor(fake, 0.1), FakeActor(fake, 0.1)]
+        places = [Placement("a", (), "10.0.0.1", 11), Placement("b", (), "10.0.0.2", 22)]
+        self.pulse = WorkerPulse(self.actors, places, patience_seconds)
+
+    def until(self, now: float) -> None:
+        while self.fake.now < now:
+            self.fake.now += 2.0
+            self.pulse.check("accept")
+
+
+def test_a_worker_that_stops_answering_is_named_within_a_minute(fake, caplog):
+    watched = Watched(fake, 1800.0)
+    watched.until(600.0)
+    assert caplog.messages == [] and 50 <= watched.actors[1].num_asked <= 60
+    watched.actors[1].delay = NEVER
+    watched.until(660.0)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("worker 1 (process 22 at 10.0.0.2) has not answered for 3")
+    assert "during 'accept'" in caplog.messages[0] and "1800 s" in caplog.messages[0]
+    watched.until(900.0)
+    assert len(caplog.messages) == 1  # said once
+    watched.pulse._asked[1][0].at = 0.0  # its answer comes at last
+    watched.actors[1].delay = 0.1
+    watched.until(1000.0)
+    assert caplog.messages[1:] == ["worker 1 answers again"]
+
+
+def test_a_worker_that_stays_silent_ends_the_run(fake):
+    watched = Watched(fake, 120.0)
+    watched.actors[0].delay = NEVER
+    with pytest.raises(WorkerError, match=r"worker 0 \(process 11 at 10.0.0.1\), which has not answered for 12\d s"):
+        watched.until(1000.0)
+    assert fake.now < 140
+
+
+def test_a_driver_that_was_stopped_itself_blames_nobody(fake, caplog):
+    watched = Watched(fake, 120.0)
+    watched.until(20.0)
+    for actor in watched.actors:
+        actor.delay = 4000.0  # asked before; nothing moves while the terminal's Ctrl-Z lasts
+    watched.until(40.0)
+    fake.now += 3600.0
+    watched.until(fake.now + 10)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("patience", [LOCAL_HEAD_SECONDS, HEAD_SECONDS])
+def test_a_head_that_is_gone_is_missed_before_ray_aborts_the_driver(fake, monkeypatch, patience):
+    listens = [True]
+
+    def connect(place, timeout):
+        assert place == ("10.0.0.1", 6379) and timeout <= 5
+        if not listens[0]:
+            raise ConnectionRefusedError(111, "Connection refused")
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(pulse.socket, "create_connection", connect)
+    head = HeadPulse("10.0.0.1:6379", patience)
+
+    def until(now: float) -> None:
+        while fake.now < now:
+            fake.now += 2.0
+            head.check()
+
+    until(100.0)
+    listens[0] = False
+    until(100.0 + min(patience, 10.0))
+    listens[0] = True  # restarted in time
+    until(200.0)
+    listens[0], gone = False, fake.now
+    with pytest.raises(WorkerError, match="head of the Ray cluster at 10.0.0.1:6379 .Connection refused."):
+        until(300.0)
+    assert patience <= fake.now - gone < 45 and head.is_gone
+
+
+def test_without_a_head_nothing_is_asked_of_it(monkeypatch, fake):
+    """Ray would wait for it, and abort the driver: the workers of this node are killed by their process ids."""
+
+    def refuse(*arguments):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    killed = []
+    group = _group(monkeypatch, fake, [FakeActor(fake), FakeActor(fake)])
+    fake.kill = lambda *arguments, **options: pytest.fail("asks the head")
+    monkeypatch.setattr(worker_group, "remove_placement_group", fake.kill)
+    monkeypatch.setattr(pulse.socket, "create_connection", refuse)
+    monkeypatch.setattr(worker_group, "_is_rank_actor", lambda pid: True)
+    monkeypatch.setattr(worker_group.os, "kill", lambda pid, number: killed.append(pid))
+    fake.get_runtime_context = lambda: SimpleNamespace(get_node_id=lambda: "a")
+    group._placements, group._placement_group = [Placement("a", (), "10.0.0.1", 11)], object()
+    with pytest.raises(WorkerError, match="head of the Ray cluster") as caught:
+        group._wait([FakeRef(NEVER), FakeRef(NEVER)], "accept")
+    assert caught.value.exit_code == 8 and killed == [11]
 
 
 def _group(monkeypatch: pytest.MonkeyPatch, fake: FakeRay, actors: list[FakeActor]) -> RayWorkerGroup:
