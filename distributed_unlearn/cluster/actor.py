@@ -3,10 +3,15 @@
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
+
+if TYPE_CHECKING:  # importing the engine imports DeepSpeed, which must wait until the actor has looked for GPUs
+    from distributed_unlearn.engine.communicator import RankSpec
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,28 @@ class RankActor:
         index = device_index(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
         return Placement(context.get_node_id(), gpus, address or socket.gethostname(), os.getpid(), index)
 
+    def open_rendezvous(self, host: str, timeout_seconds: float) -> int:
+        """Wait at `host` for the other ranks; returns the port."""
+        with self._busy("open_rendezvous"):
+            return self._worker.open_rendezvous(host, timeout_seconds)
+
+    def connect(self, spec: "RankSpec", host: str, port: int, timeout_seconds: float, use_gpu: bool) -> None:
+        """Meet the other ranks at the rendezvous. All ranks must call this."""
+        with self._busy("connect"):
+            self._worker.connect(spec, host, port, timeout_seconds, use_gpu)
+
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of the worker."""
+        with self._busy(method):
+            return getattr(self._worker, method)(*arguments)
+
+    @contextmanager
+    def _busy(self, method: str) -> Iterator[None]:
+        """What a heartbeat tells during the block, in which running out of memory is explained."""
         self._method, self._started = method, time.monotonic()
         try:
             with self._explained(method):
-                return getattr(self._worker, method)(*arguments)
+                yield
         finally:
             self._method = None
 

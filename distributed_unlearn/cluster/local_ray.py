@@ -43,8 +43,9 @@ def private_folder() -> Iterator[Path]:
         try:
             yield Path(folder)
         except (WorkerError, ResourceError):
-            message = reaper.KEEP_LOGS
-            _LOG.warning("Ray's own logs of this run stay in '%s'", folder)
+            if reaper.sessions_with_logs(Path(folder)):
+                message = reaper.KEEP_LOGS
+                _LOG.warning("Ray's own logs of this run stay in '%s'", folder)
             raise
         finally:
             os.environ.pop(reaper.MARK, None)

@@ -45,14 +45,20 @@ def end_all(folder: str) -> None:
         time.sleep(0.05)
 
 
+def sessions_with_logs(folder: Path) -> list[Path]:
+    """Ray's sessions in its folder that have logs; not the link to the latest."""
+    return [path.parent for path in folder.glob("*/logs") if not path.parent.is_symlink()]
+
+
 def remove(folder: Path, keep_logs: bool) -> None:
     """Remove Ray's folder, but for the logs of its sessions where they are to be kept."""
-    for session in folder.iterdir() if keep_logs else ():
-        for path in session.iterdir() if session.is_dir() and not session.is_symlink() else ():
-            if path.name != "logs":
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     if not keep_logs:
         shutil.rmtree(folder, ignore_errors=True)
+        return
+    for session in sessions_with_logs(folder):
+        for path in session.iterdir():
+            if path.name != "logs":
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

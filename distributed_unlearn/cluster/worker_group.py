@@ -169,10 +169,10 @@ class RayWorkerGroup:
         # Only now: an actor that is still importing cannot answer.
         self._pulse = WorkerPulse(self._actors, self._placements, config.collective_timeout_seconds)
         host, timeout = self._placements[0].address, config.collective_timeout_seconds
-        port = self.call_rank_zero("open_rendezvous", host, timeout)
+        (port,) = self._wait([self._actors[0].open_rendezvous.remote(host, timeout)], "open_rendezvous")
         ordered = sorted(specs, key=lambda spec: spec.rank)
         refs = [
-            actor.call.remote("connect", spec, host, port, timeout, "GPU" in bundle)
+            actor.connect.remote(spec, host, port, timeout, "GPU" in bundle)
             for actor, spec in zip(self._actors, ordered, strict=True)
         ]
         self._wait(refs, "connect")

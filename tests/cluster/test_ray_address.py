@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,8 +56,9 @@ def test_what_is_no_address_is_refused_once_and_clearly(monkeypatch, address):
 
 
 @pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """Ray that connects to nothing, and what was asked of it; SIGTERM is handled as by the command line."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     ray = SimpleNamespace(asked=[], shut_down=0, error=None, num_slow=0)
 
     def init(**options):
@@ -76,6 +78,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     yield ray
     signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("address", [None, "10.0.0.5:6379"], ids=["local", "given"])
