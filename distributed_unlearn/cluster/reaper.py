@@ -21,18 +21,29 @@ PATIENCE_SECONDS = 30.0
 
 
 def marked(folder: str) -> set[int]:
-    """Processes of this user that carry the mark of `folder`, and all that descends from them."""
+    """Processes that carry the mark of `folder` or hold a file in it open, and all that descends from them.
+
+    Ray's agents write their titles over their environment, and outlive their parent; but they have their logs open.
+    """
     mark = f"{MARK}={folder}".encode()
     found, parents = set(), {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, IndexError):
             number = int(entry.name)
             parents[number] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
+            if mark in (entry / "environ").read_bytes().split(b"\0") or _has_open(entry, f"{folder}/"):
                 found.add(number)
     while children := {number for number, parent in parents.items() if parent in found} - found:
         found |= children
     return found - {os.getpid()}
+
+
+def _has_open(process: Path, prefix: str) -> bool:
+    for descriptor in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed since
+            if os.readlink(descriptor).startswith(prefix):
+                return True
+    return False
 
 
 def end_all(folder: str) -> None:

@@ -15,8 +15,8 @@ from distributed_unlearn.cluster import reaper
 from distributed_unlearn.cluster.local_ray import private_folder
 from distributed_unlearn.errors import ResourceError, WorkerError
 
-# Stands for a driver: what it starts leads a session of its own, as Ray's processes do, and starts a child that hides
-# its environment, as some of them do.
+# Stands for a driver: what it starts leads a session of its own, as Ray's processes do. One child has no mark in its
+# environment and an ancestor that has; another has neither, as Ray's agents, and its log open.
 DRIVER = """
 import os, subprocess, sys, time
 from distributed_unlearn.cluster.local_ray import private_folder
@@ -26,6 +26,9 @@ with private_folder() as folder:
     (folder / "session_latest").symlink_to(folder / "session_1")
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'], env={})"
     subprocess.Popen([sys.executable, "-c", child], start_new_session=True, stdout=subprocess.DEVNULL)
+    agent = child.replace(".run", ".Popen")
+    with open(folder / "session_1" / "logs" / "agent.log", "w") as log:
+        subprocess.run([sys.executable, "-c", agent], start_new_session=True, stdout=log)
     print(folder, flush=True)
     time.sleep(600)
 """
@@ -50,9 +53,9 @@ def test_a_killed_driver_leaves_nothing(tmp_path):
         try:
             assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
             deadline = time.monotonic() + 60
-            while len(family := reaper.marked(str(folder))) < 2 and time.monotonic() < deadline:
+            while len(family := reaper.marked(str(folder))) < 3 and time.monotonic() < deadline:
                 time.sleep(0.05)
-            assert len(family) == 2 and driver.pid not in family and os.getpid() not in family
+            assert len(family) == 3 and driver.pid not in family and os.getpid() not in family
         finally:
             driver.kill()
         assert _gone(folder)
