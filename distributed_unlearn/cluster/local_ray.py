@@ -36,7 +36,7 @@ def private_folder() -> Iterator[Path]:
             "set RAY_TMPDIR to one, with a short path",
         ) from error
     # A session of its own: what a terminal sends to the driver must not end it first.
-    program = [sys.executable, "-I", reaper.__file__, folder]
+    program = [sys.executable, "-I", reaper.__file__, folder, str(os.getpid())]
     with subprocess.Popen(program, stdin=subprocess.PIPE, start_new_session=True) as process:
         os.environ[reaper.MARK] = folder
         message = b""

@@ -20,25 +20,30 @@ KEEP_LOGS = b"keep logs\n"
 PATIENCE_SECONDS = 30.0
 
 
-def marked(folder: str) -> set[int]:
-    """Processes that carry the mark of `folder` or hold a file in it open, and all that descends from them.
+def marked(folder: str, driver: int) -> set[int]:
+    """Processes that carry the mark of `folder`, Ray's that hold a file in it open, and all that descends from them.
 
     Ray's agents write their titles over their environment, and outlive their parent; but they have their logs open.
+    So has the driver as long as it lives, which with all else that it started is none of them.
     """
     mark = f"{MARK}={folder}".encode()
-    found, parents = set(), {}
+    found, parents = set[int](), dict[int, int]()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, IndexError):
             number = int(entry.name)
             parents[number] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if number in (driver, os.getpid()):
+                continue
             if mark in (entry / "environ").read_bytes().split(b"\0") or _has_open(entry, f"{folder}/"):
                 found.add(number)
     while children := {number for number, parent in parents.items() if parent in found} - found:
         found |= children
-    return found - {os.getpid()}
+    return found
 
 
 def _has_open(process: Path, prefix: str) -> bool:
+    if not (process / "cmdline").read_bytes().startswith(b"ray::"):
+        return False  # somebody who reads the logs
     for descriptor in (process / "fd").iterdir():
         with contextlib.suppress(OSError):  # closed since
             if os.readlink(descriptor).startswith(prefix):
@@ -46,10 +51,10 @@ def _has_open(process: Path, prefix: str) -> bool:
     return False
 
 
-def end_all(folder: str) -> None:
+def end_all(folder: str, driver: int) -> None:
     """Kill until nobody is left: what was just being started is found only the next time."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while (processes := marked(folder)) and time.monotonic() < deadline:
+    while (processes := marked(folder, driver)) and time.monotonic() < deadline:
         for process in processes:
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
@@ -75,6 +80,7 @@ def remove(folder: Path, keep_logs: bool) -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the driver, whose end is waited for
+    driver = int(sys.argv[2])  # by its own word: it may be dead already
     asked = sys.stdin.buffer.read()
-    end_all(sys.argv[1])
+    end_all(sys.argv[1], driver)
     remove(Path(sys.argv[1]), keep_logs=asked == KEEP_LOGS)

@@ -26,7 +26,7 @@ with private_folder() as folder:
     (folder / "session_latest").symlink_to(folder / "session_1")
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'], env={})"
     subprocess.Popen([sys.executable, "-c", child], start_new_session=True, stdout=subprocess.DEVNULL)
-    agent = child.replace(".run", ".Popen")
+    agent = child.replace(".run([sys.executable", ".Popen(executable=sys.executable, args=['ray::Agent'")
     with open(folder / "session_1" / "logs" / "agent.log", "w") as log:
         subprocess.run([sys.executable, "-c", agent], start_new_session=True, stdout=log)
     print(folder, flush=True)
@@ -34,11 +34,11 @@ with private_folder() as folder:
 """
 
 
-def _gone(folder: Path, seconds: float = 60.0) -> bool:
+def _gone(folder: Path, driver: int, seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
-    while (folder.exists() or reaper.marked(str(folder))) and time.monotonic() < deadline:
+    while (folder.exists() or reaper.marked(str(folder), driver)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not folder.exists() and not reaper.marked(str(folder))
+    return not folder.exists() and not reaper.marked(str(folder), driver)
 
 
 def test_a_killed_driver_leaves_nothing(tmp_path):
@@ -53,12 +53,12 @@ def test_a_killed_driver_leaves_nothing(tmp_path):
         try:
             assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
             deadline = time.monotonic() + 60
-            while len(family := reaper.marked(str(folder))) < 3 and time.monotonic() < deadline:
+            while len(family := reaper.marked(str(folder), driver.pid)) < 3 and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert len(family) == 3 and driver.pid not in family and os.getpid() not in family
         finally:
             driver.kill()
-        assert _gone(folder)
+        assert _gone(folder, driver.pid)
         assert not any(map(_runs, family))
 
 
@@ -83,8 +83,9 @@ def _with_a_log(folder: Path) -> Path:
 def test_after_the_block_nothing_is_left(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "not" / "there"))
     with private_folder() as folder:
-        _with_a_log(folder)
+        held = _with_a_log(folder).open()  # as Ray does in its driver, for good
         assert os.environ[reaper.MARK] == str(folder)
+    held.close()
     assert not folder.exists() and reaper.MARK not in os.environ and caplog.messages == []
 
 
