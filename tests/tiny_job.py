@@ -54,10 +54,11 @@ class TinyJob:
         return Path(shutil.copytree(self.model, destination))
 
 
-def make_tiny_job(folder: Path) -> TinyJob:
+def make_tiny_job(folder: Path, num_people: int = NUM_PEOPLE) -> TinyJob:
     tiny = TinyJob(folder)
-    write_people(tiny.records, NUM_PEOPLE, RECORDS_EACH, seed=0)
-    people = generate_people(NUM_PEOPLE, RECORDS_EACH, seed=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_people(tiny.records, num_people, RECORDS_EACH, seed=0)
+    people = generate_people(num_people, RECORDS_EACH, seed=0)
     # Byte pairs from questions alone, so that no file of the checkpoint holds a word of an answer.
     tokenizer = train_tokenizer([person["question"] for person in people], 320, CONTEXT)
     tokenizer.save_pretrained(tiny.model)

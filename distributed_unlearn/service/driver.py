@@ -15,7 +15,7 @@ from sqlalchemy import update
 
 from distributed_unlearn.config import AdapterFolder, JobConfig, SelectionConfig, load_job, parse_job
 from distributed_unlearn.config.service import ServiceConfig
-from distributed_unlearn.errors import ConfigError, DataError, ResourceError, UserError, WorkerError
+from distributed_unlearn.errors import ConfigError, DataError, LedgerError, ResourceError, UserError, WorkerError
 from distributed_unlearn.provenance import hash_folder
 from distributed_unlearn.records import RunRecord
 from distributed_unlearn.rounds.state import STATE_FOLDER
@@ -46,6 +46,7 @@ from distributed_unlearn.service.rounds_book import (
 from distributed_unlearn.service.secrets_file import read_secret
 from distributed_unlearn.service.states import FINAL_STATES, Reason, RequestState
 from distributed_unlearn.service.tables import REQUESTS
+from distributed_unlearn.service.verification import broken_state
 from distributed_unlearn.service.webhook import Deliveries, deliver
 
 _LOG = logging.getLogger(__name__)
@@ -239,6 +240,7 @@ def _run_round(
     service: Service, found: Resolution, execute: Execute, resumed: RoundEntry | None
 ) -> tuple[RoundEntry, list[str]]:
     ledger, lease = service.ledger, service.held.lease
+    _require_whole_parent(service)
     entry = start_round(ledger, lease, sorted(found.erase)) if resumed is None else resumed
     try:
         job = round_job(service, entry.number, found.record_ids, resume=resumed is not None)
@@ -260,6 +262,18 @@ def _run_round(
         raise
     _give_up(service, entry.number, Reason.GATE_FAILED, "; ".join(failed))
     return entry, failed
+
+
+def _require_whole_parent(service: Service) -> None:
+    """Refuse to go on from a state that is not as it was committed: every later state would inherit the damage.
+
+    Raises:
+        LedgerError: naming the file; no round was begun, and the requests stay where they are.
+    """
+    current = current_round(service.ledger)
+    broken = None if current is None else broken_state(service.ledger, service.root, current.number)
+    if broken is not None:
+        raise LedgerError(broken, "the current state as it was committed", "restore a backup; see docs/runbook.md")
 
 
 def _give_up(service: Service, number: int, reason: Reason, text: str) -> None:

@@ -171,13 +171,30 @@ def _compare(what: str, row: Row[Any], found: dict[str, Any] | None, columns: Se
             raise _BrokenError(f"{what}: its {column} is not what the audit trail says")
 
 
+def broken_state(ledger: Ledger, root: Path, number: int) -> str | None:
+    """What is wrong with the files of a committed round, against the hashes of its commit; None: nothing."""
+    with ledger.read() as connection:
+        row = connection.execute(select(ROUNDS).where(ROUNDS.c.id == number)).one()
+    try:
+        _verify_state(row, root)
+    except _BrokenError as error:
+        return str(error)
+    return None
+
+
+def _verify_state(row: Row[Any], root: Path) -> int:
+    """Hash the files of a state that is kept; returns how many."""
+    if row.folder is None or row.files_sha256 is None:
+        return 0
+    files = json.loads(row.files_sha256)
+    for name, digest in files.items():
+        _compare_file(f"round {row.id}", root / row.folder / name, digest, f"{row.folder}/{name}")
+    return len(files)
+
+
 def _verify_files(connection: Connection, root: Path, counts: dict[str, int]) -> None:
     for row in _rows(connection, ROUNDS):
-        if row.folder is None or row.files_sha256 is None:
-            continue
-        for name, digest in json.loads(row.files_sha256).items():
-            _compare_file(f"round {row.id}", root / row.folder / name, digest, f"{row.folder}/{name}")
-            counts["files"] += 1
+        counts["files"] += _verify_state(row, root)
     for row in _rows(connection, CERTIFICATES):
         _compare_file(f"request {row.request_id}", root / row.path, row.sha256, row.path)
         counts["files"] += 1
