@@ -61,8 +61,9 @@ def test_what_only_one_method_can_do_is_refused_of_others():
     with pytest.raises(ConfigError, match="retrain without data.base_model"):
         parse_job({**JOB, "solver": {"method": "retrain"}}, "test")
     based = {**JOB, "data": {**JOB["data"], "base_model": "base"}, "solver": {"method": "retrain"}}
-    with pytest.raises(ConfigError, match="retrain trains on the retain set and has no objective"):
-        parse_job({**based, "objective": {"name": "retain"}}, "test")
+    for method in ("retrain", "ssd"):
+        with pytest.raises(ConfigError, match=f"solver.method {method} has no objective; remove it"):
+            parse_job({**based, "solver": {"method": method}, "objective": {"name": "retain"}}, "test")
     job = parse_job({**based, "holdout": None}, "test")
     assert job.trains and "retrain" not in stepping_methods()
     assert JobConfig.model_validate(job.model_dump(mode="json")) == job

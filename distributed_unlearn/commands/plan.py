@@ -27,6 +27,7 @@ from distributed_unlearn.config import (
     SCureNewtonConfig,
     SecondOrderConfig,
     SgdConfig,
+    SsdConfig,
     SteppingConfig,
     TrainingSettings,
 )
@@ -113,7 +114,28 @@ def _job_rows(size: ModelSize, hf_config: Any, job: JobConfig, prepared: Prepare
         rounds, retain = len(prepared.partition.forget_rounds), len(prepared.partition.retain(0))
         rows = _training_rows(size, hf_config, job, solver, prepared, retain)
         return [("rounds", f"{rounds}", "each trains anew, from data.base_model; counts are the first's"), *rows]
+    if isinstance(solver, SsdConfig):
+        return _dampening_rows(size, hf_config, job, solver, prepared)
     return _unlearning_rows(size, hf_config, job, solver, prepared)
+
+
+def _dampening_rows(
+    size: ModelSize, hf_config: Any, job: JobConfig, solver: SsdConfig, prepared: PreparedData
+) -> list[Row]:
+    dtype: torch.dtype = getattr(torch, job.model.dtype)
+    stage, world, partition = job.cluster.zero_stage, job.cluster.num_workers, prepared.partition
+    # Two sums of squares, and the factors.
+    memory = estimate_memory(size, hf_config, dtype, stage, 3, 1, prepared.report.longest, 1)
+    num_forget, num_retain = len(partition.forget_rounds[0]), len(partition.retain(0))
+    num_sampled = min(num_retain, solver.max_retain_records or num_retain)
+    passes = -(-num_forget // world) + -(-num_sampled // world)
+    total = passes * elements_per_gradient(size, stage, True) * dtype.itemsize
+    return [
+        *_memory_rows(memory),
+        ("rounds", f"{len(partition.forget_rounds)}", "one change each; counts are the first's"),
+        ("gradients a round", f"{num_forget + num_sampled}", f"one record a rank at a time: {passes} passes"),
+        ("communication a round", f"{total / 2**30:.3f} GiB", "a rank; gradients"),
+    ]
 
 
 def _num_vectors(solver: SteppingConfig) -> int:

@@ -1,6 +1,7 @@
 """The job file as frozen, strict pydantic models. Unknown keys are refused and no value is ever rewritten."""
 
 from distributed_unlearn.config.base import StrictModel
+from distributed_unlearn.config.dampening import SsdConfig
 from distributed_unlearn.config.job import JobConfig
 from distributed_unlearn.config.load import apply_overrides, load_job, parse_cluster, parse_job
 from distributed_unlearn.config.methods import (
@@ -67,6 +68,7 @@ __all__ = [
     "SelectionConfig",
     "SgdConfig",
     "SolverConfig",
+    "SsdConfig",
     "SteppingConfig",
     "StopConfig",
     "StrictModel",

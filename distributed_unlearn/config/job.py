@@ -104,10 +104,10 @@ class JobConfig(StrictModel):
         solver, objective = self.solver, self.objective
         if not self.unlearns:
             return
-        if isinstance(solver, RetrainConfig):
+        if not isinstance(solver, BaseSolverConfig):
             if objective != ObjectiveConfig():
-                raise ValueError("solver.method retrain trains on the retain set and has no objective; remove it")
-            if self.data.base_model is None:
+                raise ValueError(f"solver.method {solver.method} has no objective; remove it")
+            if isinstance(solver, RetrainConfig) and self.data.base_model is None:
                 raise ValueError(
                     "solver.method retrain without data.base_model; name the checkpoint before fine-tuning, from which "
                     "the retrained model starts"

@@ -4,6 +4,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Discriminator, Tag
 
+from distributed_unlearn.config.dampening import SsdConfig
 from distributed_unlearn.config.methods import (
     AdamWConfig,
     CureNewtonConfig,
@@ -27,7 +28,7 @@ SteppingConfig = (
 )
 """The methods that take steps on an objective until a rule ends them."""
 
-_MEMBERS: tuple[type, ...] = (*get_args(SteppingConfig), RetrainConfig)
+_MEMBERS: tuple[type, ...] = (*get_args(SteppingConfig), RetrainConfig, SsdConfig)
 
 
 def method_names(kind: type) -> tuple[str, ...]:
@@ -70,7 +71,8 @@ SolverConfig = Annotated[
     | Annotated[SgdConfig, Tag("sgd")]
     | Annotated[PublishedConfig, Tag("gradient_descent")]
     | Annotated[ScrubConfig, Tag("scrub")]
-    | Annotated[RetrainConfig, Tag("retrain")],
+    | Annotated[RetrainConfig, Tag("retrain")]
+    | Annotated[SsdConfig, Tag("ssd")],
     Discriminator(
         _member,
         custom_error_type="unknown_method",

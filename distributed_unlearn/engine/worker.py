@@ -8,6 +8,7 @@ are reached through `oracle_call`.
 import gc
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.engine.check import check_curvature
 from distributed_unlearn.engine.communicator import Communicator, RankSpec, connect, open_store
 from distributed_unlearn.engine.create import create_checkpoint
+from distributed_unlearn.engine.dampening import Dampening
 from distributed_unlearn.engine.evidence import gather_evidence, score_records
 from distributed_unlearn.engine.export import export_model
 from distributed_unlearn.engine.model import OpenedModel, adopt_model, open_model
@@ -35,6 +37,8 @@ from distributed_unlearn.workers.messages import (
     ArchitectureSettings,
     CurvatureCheck,
     CurvatureReport,
+    Dampened,
+    DampeningSpec,
     Indices,
     ModelFacts,
     RecordScores,
@@ -63,6 +67,7 @@ class Worker:
         self._opened: OpenedModel | None = None
         self._corpus: Corpus | None = None
         self._oracle: ShardedOracle | None = None
+        self._dampening: Dampening | None = None
         self._initial: torch.Tensor | None = None
         self._round_start: torch.Tensor | None = None
         self._trainer: Trainer | None = None
@@ -110,7 +115,7 @@ class Worker:
 
     def close_model(self) -> None:
         """Drop the model and everything that hangs on it; not collective."""
-        self._opened = self._oracle = self._initial = self._round_start = self._trainer = None
+        self._opened = self._oracle = self._initial = self._round_start = self._trainer = self._dampening = None
         unset_hf_deepspeed_config()  # a training that failed leaves transformers in ZeRO-3 mode
         gc.collect()
 
@@ -175,6 +180,28 @@ class Worker:
         assert self._round_start is not None
         weights = self.opened.weights.master
         return self.opened.space.norm(weights - self._round_start.to(weights.device))
+
+    def begin_dampening(self) -> None:
+        """Start a round that dampens weights, from the current ones."""
+        assert self._corpus is not None
+        self._oracle = None
+        self._dampening = Dampening(self.opened, self._corpus)
+        self._round_start = self.opened.weights.master.detach().cpu().clone()
+
+    def add_importance(self, role: Literal["forget", "retain"], indices: Indices) -> None:
+        """Add squared gradients of some records to those of their role."""
+        assert self._dampening is not None, "no dampening has begun"
+        self._dampening.add(role, indices)
+
+    def dampen(self, spec: DampeningSpec) -> Dampened:
+        """Change the weights by the importances that were added, and drop those.
+
+        Raises:
+            NumericalError: an importance that is not finite; no weight was changed.
+        """
+        assert self._dampening is not None, "no dampening has begun"
+        dampening, self._dampening = self._dampening, None
+        return dampening.dampen(spec)
 
     # -- results ------------------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from distributed_unlearn.config import JobConfig, RetrainConfig
+from distributed_unlearn.config import JobConfig, RetrainConfig, SsdConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
+from distributed_unlearn.data.selection import Partition
 from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.files import refuse_existing
 from distributed_unlearn.models.base_of_adapter import model_to_retrain, opened_as, reference_model
@@ -61,7 +62,23 @@ def prepare(job: JobConfig) -> PreparedData:
         require_comparable(job.model, reference, job.data.pad_token)
     if job.data.base_model is not None and job.unlearns:
         _check_base_model(job, job.data.base_model)
-    return prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
+    data = prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
+    if job.unlearns and isinstance(job.solver, SsdConfig):
+        _check_dampening(job.solver, data.partition)
+    return data
+
+
+def _check_dampening(solver: SsdConfig, partition: Partition) -> None:
+    """Refuse a threshold that no weight can reach: of `F` the forget set's part alone is `F_f num_forget / num_all`."""
+    for index, forget in enumerate(partition.forget_rounds):
+        largest = (len(forget) + len(partition.retain(index))) / len(forget)
+        if solver.selection_weighting >= largest:
+            raise ConfigError(
+                f"solver.selection_weighting {solver.selection_weighting:g} in round {index + 1}, which forgets "
+                f"1 of {largest:.4g} records: no weight can matter that much more to the forget set than to all data",
+                f"a value from 1 to below {largest:.4g}",
+                "lower solver.selection_weighting",
+            )
 
 
 def _check_base_model(job: JobConfig, path: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from distributed_unlearn.config import JobConfig, ModelConfig, RetrainConfig, SteppingConfig
+from distributed_unlearn.config import JobConfig, ModelConfig, RetrainConfig, SsdConfig, SteppingConfig
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.evaluation.metrics import tug_of_war
@@ -14,6 +14,7 @@ from distributed_unlearn.models.base_of_adapter import reference_model
 from distributed_unlearn.provenance import hash_folder
 from distributed_unlearn.records import RoundRecord, RunRecord, SetScores, StepRecord, SurvivingUpdate, run_verdict
 from distributed_unlearn.report.card import model_card
+from distributed_unlearn.rounds.dampening import run_dampened_round
 from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, evidence
 from distributed_unlearn.rounds.opening import Unseen
 from distributed_unlearn.rounds.origin import model_to_open
@@ -168,6 +169,8 @@ def _run_round(
     log = session.log
     if isinstance(task.solver, RetrainConfig):
         return run_retrained_round(session, task, start)
+    if isinstance(task.solver, SsdConfig):
+        return run_dampened_round(session, task, start)
     with session.events.round(task.round_index, num_rounds, task.stepping.max_steps) as tell:
 
         def on_step(record: StepRecord, measured: Mapping[str, float]) -> None:

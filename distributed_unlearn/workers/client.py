@@ -3,7 +3,7 @@
 A group calls whatever it is told to; `Workers` says what there is to call, with which arguments and what comes back.
 """
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from distributed_unlearn.config import ModelConfig, ModelTask, SaveConfig
 from distributed_unlearn.data.batches import NamedCorpus
@@ -15,6 +15,8 @@ from distributed_unlearn.workers.messages import (
     ArchitectureSettings,
     CurvatureCheck,
     CurvatureReport,
+    Dampened,
+    DampeningSpec,
     Indices,
     ModelFacts,
     RecordScores,
@@ -107,6 +109,18 @@ class Workers:
     def round_update_norm(self) -> float:
         """`||w - w_start||` of the current round."""
         return self._first(float, "round_update_norm")
+
+    def begin_dampening(self) -> None:
+        """Start a round that dampens weights, from the current ones."""
+        self._group.call_all("begin_dampening")
+
+    def add_importance(self, role: Literal["forget", "retain"], indices: Indices) -> None:
+        """Add squared gradients of some records to those of their role."""
+        self._group.call_all("add_importance", role, indices)
+
+    def dampen(self, spec: DampeningSpec) -> Dampened:
+        """Change the weights by the importances that were added; drops them."""
+        return self._first(Dampened, "dampen", spec)
 
     # -- results ------------------------------------------------------------------------------------------
 

@@ -84,6 +84,30 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True)
+class DampeningSpec:
+    """How weights are dampened, once all importances are there."""
+
+    selection_weighting: float
+    dampening_constant: float
+    num_forget: int
+    """Records whose squared gradients were added."""
+    num_sampled: int
+    """The same of the retain set."""
+    num_retain: int
+    """Records of the whole retain set, for which those stand."""
+
+
+@dataclass(frozen=True)
+class Dampened:
+    """What a dampening did."""
+
+    num_weights: int
+    """How many weights were dampened."""
+    mean_reduction: float | None
+    """By which share of itself such a weight shrank, on average; None where there is none."""
+
+
+@dataclass(frozen=True)
 class CurvatureCheck:
     """What `check curvature` compares."""
 

@@ -157,6 +157,47 @@ def test_retraining_on_images_and_partly_frozen(digits: Path, tmp_path, capsys):
     )
 
 
+SSD = "solver={method: ssd, selection_weighting: 1.5, dampening_constant: 0.5}"
+
+
+def test_dampening_a_language_model(tiny: TinyJob, tmp_path, capsys):
+    """One change, without steps; what it left alone is there bit for bit."""
+    outcome = succeed(capsys, language(tiny, "run", tmp_path / "out", SSD, "holdout=null"))
+    record = record_of(tmp_path / "out")
+    (found,) = record["rounds"]
+    assert found["num_steps"] == 1 and found["steps"] == [] and record["curvature_mode"] is None
+    before, after = (load_file(path / "model.safetensors") for path in (tiny.model, tmp_path / "out" / "checkpoint"))
+    changed = sum(int((before[name] != after[name]).sum()) for name in before)
+    assert 0 < changed < sum(value.numel() for value in before.values()) / 2
+    assert f"round 1: dampened: {changed} weights" in outcome.out
+    assert all((after[name].abs() <= before[name].abs()).all() for name in before)
+    assert found["update_norm"] == pytest.approx(distance(tmp_path / "out" / "checkpoint", tiny.model), rel=1e-5)
+    assert "ssd: 1 steps, 0 products" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_dampening_images_in_rounds(digits: Path, tmp_path, capsys):
+    """From a sample of the retain set; another seed draws another one."""
+    rounds = ("forget=null", "rounds=[{classes: [3]}, {record_ids: [digit-0001, digit-0002]}]")
+    norms = []
+    for seed in (0, 1):
+        solver = f"solver={{method: ssd, selection_weighting: 1.5, max_retain_records: 5, seed: {seed}}}"
+        succeed(capsys, ["run", str(digits), *rounds, solver, f"output={tmp_path / str(seed)}"])
+        first, second = record_of(tmp_path / str(seed))["rounds"]
+        assert first["update_norm"] > 0 and second["update_norm"] > 0
+        assert second["before"]["forget_round_1"] == first["after"]["forget"]
+        norms.append(first["update_norm"])
+    assert norms[0] != norms[1]
+
+
+def test_a_threshold_that_no_weight_can_reach_is_refused(tiny: TinyJob, tmp_path, capsys):
+    """3 of 12 records are forgotten: their importance is at most four times that of all data."""
+    for command in ("plan", "run"):
+        outcome = call(capsys, language(tiny, command, tmp_path / "out", "solver={method: ssd}"))
+        assert_refused(outcome, 3, "configuration", "selection_weighting 10 in round 1", "1 of 4 records", "below 4")
+    outcome = succeed(capsys, language(tiny, "plan", tmp_path / "out", SSD))
+    assert "gradients a round" in outcome.out and "12" in outcome.out.partition("gradients a round")[2].split("\n")[0]
+
+
 def test_plan_of_every_method(tiny: TinyJob, tmp_path, capsys):
     """A teacher's pass is a forward pass more of every step; a retraining is a training."""
     moved = {}

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from distributed_unlearn.config import CurvatureConfig, ObjectiveConfig, SCureNewtonConfig, TrainConfig
+from distributed_unlearn.config.objective import ObjectiveName
 from distributed_unlearn.curvature.layout import FlatLayout
 from distributed_unlearn.curvature.precision import LiftFloat32Casts
 from distributed_unlearn.curvature.reference import double_backward, frozen_rows
@@ -21,7 +22,7 @@ from distributed_unlearn.engine.check import CurvatureCheck
 from distributed_unlearn.engine.inputs import Minibatch, minibatch_totals
 from distributed_unlearn.engine.oracle import RoundSpec
 from distributed_unlearn.objectives.build import build_objective
-from distributed_unlearn.objectives.constants import RoundConstants
+from distributed_unlearn.objectives.constants import RoundConstants, uniform_numbers
 from distributed_unlearn.objectives.predictions import Constants, Predictions
 from distributed_unlearn.solvers.inner.krylov import KrylovEntry, KrylovSpec
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
@@ -50,7 +51,7 @@ class Problem:
     """One objective on one minibatch of one checkpoint."""
 
     checkpoint: str = "odd_llama"
-    objective: Literal["holdout_matched", "npo", "retain", "token_matched", "undial", "delete"] = "holdout_matched"
+    objective: ObjectiveName = "holdout_matched"
     options: tuple[tuple[str, Any], ...] = ()
     """Further settings of the objective."""
     gradient_batch: int = 9
@@ -192,6 +193,7 @@ def loss_on(
         [column[starts[int(i)] + k] for i in chosen for k in range(corpus.num_answer_tokens(chosen[chosen == i])[0])]
         for column in (known.start_nll, known.start_log_odds, known.target_log_odds)
     ]
+    columns.append(uniform_numbers(known.label_seed, chosen, corpus.num_answer_tokens(chosen)).tolist())
     constants = Constants(*(torch.tensor(column, dtype=torch.float64) for column in columns))
 
     record, position = (tokens.answer_mask & (torch.arange(tokens.answer_mask.shape[1]) > 0)).nonzero(as_tuple=True)
