@@ -1,4 +1,4 @@
-"""Random labels and SCRUB's two terms against loops over predictions, and their independence of how a batch is cut."""
+"""Random labels, SCRUB's and RMU's terms against loops over predictions, however a batch is cut."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.objectives.constants import uniform_numbers
 from distributed_unlearn.objectives.label_terms import other_labels
 from distributed_unlearn.objectives.predictions import Constants, MinibatchTotals, Predictions
+from distributed_unlearn.objectives.steering import control_vector
 
 NUM_LABELS = 7
 RECORD = [0, 0, 0, 1, 2, 2, 3, 3]
@@ -101,6 +102,27 @@ def test_at_the_teacher_the_ascent_has_no_gradient():
     value = build_objective(ObjectiveConfig(name="scrub"), None)(batch, MinibatchTotals(1, 0, 5, 0))
     (gradient,) = torch.autograd.grad(value, logits)
     assert float(value.detach()) == 0.0 and float(gradient.abs().max()) < 1e-16
+
+
+def test_states_are_steered_and_kept():
+    """RMU's terms, prediction by prediction; what the class is given as logits are hidden states."""
+    config = ObjectiveConfig(name="rmu", retain_weight=0.7, forget_weight=1.9, steering_coefficient=2.5)
+    objective, batch = build_objective(config, None, seed=4), _batch()
+    u = control_vector(NUM_LABELS, 4).tolist()
+    assert sum(x * x for x in u) == pytest.approx(1.0) and min(u) >= 0 and u != control_vector(NUM_LABELS, 5).tolist()
+    forget = retain = 0.0
+    for state, start, record in zip(batch.logits.tolist(), batch.start_logits.tolist(), batch.record, strict=True):
+        if FORGET[int(record)]:
+            squares = sum((h - 2.5 * x) ** 2 for h, x in zip(state, u, strict=True))
+            forget += squares / NUM_LABELS / TOTALS.num_forget_tokens
+        else:
+            squares = sum((h - was) ** 2 for h, was in zip(state, start, strict=True))
+            retain += squares / NUM_LABELS / TOTALS.num_retain_tokens
+    assert float(objective(batch, TOTALS)) == pytest.approx(0.7 * retain + 1.9 * forget, rel=1e-13)
+    parts = [objective(_batch(rows), TOTALS) for rows in (range(3), range(3, 3), range(3, 8))]
+    assert float(sum(parts)) == pytest.approx(0.7 * retain + 1.9 * forget, rel=1e-13)
+    terms = {name: float(value) for name, value in objective.terms(batch, TOTALS).items()}
+    assert terms == pytest.approx({"forget_term": forget, "retain_term": retain}, rel=1e-13)
 
 
 def test_labels_are_other_ones_and_all_of_them():

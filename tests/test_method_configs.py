@@ -24,6 +24,7 @@ OBJECTIVES = {
     "undial": "undial",
     "delete": "delete",
     "scrub": "scrub",
+    "rmu": "rmu",
 }
 
 
@@ -39,7 +40,15 @@ def test_a_name_brings_its_objective_along(method, objective):
 
 @pytest.mark.parametrize("method", all_methods())
 def test_another_methods_settings_are_refused(method):
-    foreign = {"momentum": 0.5, "damping": 1.0, "cutoff": 0.1, "inner": "krylov", "epochs": 2, "forget_cycles": 3}
+    foreign = {
+        "momentum": 0.5,
+        "damping": 1.0,
+        "cutoff": 0.1,
+        "inner": "krylov",
+        "epochs": 2,
+        "forget_cycles": 3,
+        "layer": 1,
+    }
     for key, value in foreign.items():
         if method in methods_with(key):
             continue
@@ -51,13 +60,16 @@ def test_another_objectives_settings_are_refused():
     for key, value in {"beta": 0.3, "penalty": "squared", "undial_strength": 3.0, "distillation_weight": 2.0}.items():
         with pytest.raises(ValueError, match=f"{key} belongs to .*, not to retain"):
             ObjectiveConfig(name="retain", **{key: value})
-    with pytest.raises(ValueError, match="retain is fixed for scrub"):
-        ObjectiveConfig(name="scrub", retain="kl")
+    for name in ("scrub", "rmu"):
+        with pytest.raises(ValueError, match=f"retain is fixed for {name}"):
+            ObjectiveConfig(name=name, retain="kl")
 
 
 def test_what_only_one_method_can_do_is_refused_of_others():
     with pytest.raises(ConfigError, match="objective scrub takes turns that only solver.method scrub takes"):
         parse_job({**JOB, "objective": {"name": "scrub"}}, "test")
+    with pytest.raises(ConfigError, match="objective rmu looks at a layer that only solver.method rmu names"):
+        parse_job({**JOB, "objective": {"name": "rmu"}}, "test")
     with pytest.raises(ConfigError, match="retrain without data.base_model"):
         parse_job({**JOB, "solver": {"method": "retrain"}}, "test")
     based = {**JOB, "data": {**JOB["data"], "base_model": "base"}, "solver": {"method": "retrain"}}

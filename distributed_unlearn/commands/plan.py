@@ -1,6 +1,6 @@
 """`plan`: validate a job, resolve its data and say what it will need, without touching the weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from distributed_unlearn.config import (
     PinvNewtonConfig,
     PublishedConfig,
     RetrainConfig,
+    RmuConfig,
     ScrubConfig,
     SCureNewtonConfig,
     SecondOrderConfig,
@@ -31,6 +32,7 @@ from distributed_unlearn.config import (
     SteppingConfig,
     TrainingSettings,
 )
+from distributed_unlearn.curvature.layout import FlatLayout
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.data.sampling import num_micro_batches
 from distributed_unlearn.engine.estimate import (
@@ -141,7 +143,7 @@ def _dampening_rows(
 def _num_vectors(solver: SteppingConfig) -> int:
     """Parameter vectors that a rank holds at once; of second-order methods gradient, work, update and undo copy."""
     match solver:
-        case AdamWConfig() | PublishedConfig() | ScrubConfig():
+        case AdamWConfig() | PublishedConfig() | ScrubConfig() | RmuConfig():
             return 4  # gradient, two moments, update
         case SgdConfig():
             return 3 if solver.momentum > 0.0 else 2
@@ -270,6 +272,9 @@ def _round_rows(size: ModelSize, job: JobConfig, solver: SteppingConfig, prepare
     # A step with trials, whose loss is measured on the curvature minibatch too where that is another one.
     losses = 1 + _remainder_vectors(solver) if isinstance(solver, SecondOrderConfig) else 0
     losses += _num_teacher_passes(job.objective, solver)
+    if isinstance(solver, RmuConfig):  # later layers take no part in a step
+        count = solver.layer_of(size.num_blocks) + 2
+        size = replace(size, layout=FlatLayout(size.layout.segments[:count], size.layout.world_size))
     step = (1 + by_role) * elements_per_gradient(size, stage, False) + losses * elements_per_loss(size, stage)
     product = elements_per_product(size, stage, False)
     total = (solver.max_steps * step + products * product) * getattr(torch, job.model.dtype).itemsize

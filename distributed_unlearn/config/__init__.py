@@ -18,7 +18,7 @@ from distributed_unlearn.config.methods import (
     StopConfig,
 )
 from distributed_unlearn.config.objective import ObjectiveConfig
-from distributed_unlearn.config.published import NamedObjectiveConfig, PublishedConfig, ScrubConfig
+from distributed_unlearn.config.published import NamedObjectiveConfig, PublishedConfig, RmuConfig, ScrubConfig
 from distributed_unlearn.config.retraining import RetrainConfig
 from distributed_unlearn.config.sections import (
     AdapterConfig,
@@ -61,6 +61,7 @@ __all__ = [
     "PinvNewtonConfig",
     "PublishedConfig",
     "RetrainConfig",
+    "RmuConfig",
     "SCureNewtonConfig",
     "SaveConfig",
     "ScrubConfig",

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from distributed_unlearn.config.base import PathText, StrictModel
 from distributed_unlearn.config.methods import BaseSolverConfig, SCureNewtonConfig
 from distributed_unlearn.config.objective import ObjectiveConfig
-from distributed_unlearn.config.published import NamedObjectiveConfig, PublishedConfig, ScrubConfig
+from distributed_unlearn.config.published import NamedObjectiveConfig, PublishedConfig, RmuConfig, ScrubConfig
 from distributed_unlearn.config.retraining import RetrainConfig
 from distributed_unlearn.config.sections import (
     ClusterConfig,
@@ -53,7 +53,7 @@ class JobConfig(StrictModel):
         if not isinstance(solver, dict) or not isinstance(objective, dict) or "name" in objective:
             return tree
         method = solver.get("method")
-        if method in (*method_names(PublishedConfig), *method_names(ScrubConfig)):
+        if method in (*method_names(PublishedConfig), "scrub", "rmu"):
             name = "retain" if method == "gradient_descent" else method
             return {**tree, "objective": {**objective, "name": name}}
         return tree
@@ -119,6 +119,13 @@ class JobConfig(StrictModel):
             )
         elif objective.name == "scrub" and not isinstance(solver, ScrubConfig):
             raise ValueError("objective scrub takes turns that only solver.method scrub takes; choose that method")
+        elif objective.name == "rmu" and not isinstance(solver, RmuConfig):
+            raise ValueError("objective rmu looks at a layer that only solver.method rmu names; choose that method")
+        if isinstance(solver, RmuConfig) and self.model.task != "causal_lm":
+            raise ValueError(
+                f"solver.method rmu steers hidden states of a causal language model, and model.task is "
+                f"{self.model.task}; choose another method"
+            )
 
     @property
     def _needs_holdout(self) -> bool:

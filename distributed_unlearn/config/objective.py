@@ -18,6 +18,7 @@ ObjectiveName = Literal[
     "undial",
     "delete",
     "scrub",
+    "rmu",
 ]
 
 _OWNERS: dict[str, tuple[ObjectiveName, ...]] = {
@@ -29,6 +30,7 @@ _OWNERS: dict[str, tuple[ObjectiveName, ...]] = {
     "alternatives_weight": ("token_matched",),
     "undial_strength": ("undial",),
     "distillation_weight": ("scrub",),
+    "steering_coefficient": ("rmu",),
 }
 """The objectives that each setting belongs to; a value of another objective's that is not the default is refused."""
 
@@ -68,6 +70,10 @@ class ObjectiveConfig(StrictModel):
     """scrub: weight of staying near the teacher on retain records, beside their loss (alpha / gamma of Kurmanji et al.
     2023, equation 3; gamma is `retain_weight`)."""
 
+    steering_coefficient: float = Field(default=6.5, gt=0.0)
+    """rmu: c, the length that hidden states of forget records are steered to (6.5 in Li et al. 2024, for Zephyr-7B; a
+    few times the length that they have)."""
+
     @model_validator(mode="after")
     def _settings_are_its_own(self) -> "ObjectiveConfig":
         for key, owners in _OWNERS.items():
@@ -75,8 +81,8 @@ class ObjectiveConfig(StrictModel):
                 raise ValueError(
                     f"{key} belongs to {' and '.join(owners)}, not to {self.name}; remove it or choose that objective"
                 )
-        if self.name == "scrub" and self.retain is not None:
-            raise ValueError("retain is fixed for scrub, whose descents have a term of their own; remove it")
+        if self.name in ("scrub", "rmu") and self.retain is not None:
+            raise ValueError(f"retain is fixed for {self.name}, which has a retain term of its own; remove it")
         if self.order == "refreshed" and self.target_from != "holdout":
             raise ValueError("order refreshed ranks against a holdout set; with target_from base_model leave it out")
         return self

@@ -57,3 +57,24 @@ class ScrubConfig(NamedObjectiveConfig):
         if cycle < self.forget_cycles and position >= self.retain_steps:
             return RoleDraws(ascents_before + position - self.retain_steps, None)
         return RoleDraws(None, step_index - ascents_before)
+
+
+class RmuConfig(NamedObjectiveConfig):
+    """RMU (Li et al. 2024): a layer's hidden states of forget records are steered to a random vector.
+
+    Published with `model.trainable` at the last matrix of each MLP in this layer and the two below it, and
+    `objective.retain_weight` from 100 to 1200; neither is set by the method.
+    """
+
+    method: Literal["rmu"]
+    layer: int | None = Field(default=None, ge=0)
+    """From 0, the layer whose output is steered. null: a quarter of the way up, 7 of 32 as published for Zephyr-7B."""
+
+    @property
+    def objective_name(self) -> ObjectiveName:
+        """What `objective.name` has to be."""
+        return "rmu"
+
+    def layer_of(self, num_layers: int) -> int:
+        """The layer, of a model with so many of them."""
+        return max(num_layers // 4 - 1, 0) if self.layer is None else self.layer

@@ -13,7 +13,7 @@ from distributed_unlearn.config.methods import (
     SCureNewtonConfig,
     SgdConfig,
 )
-from distributed_unlearn.config.published import PublishedConfig, ScrubConfig
+from distributed_unlearn.config.published import PublishedConfig, RmuConfig, ScrubConfig
 from distributed_unlearn.config.retraining import RetrainConfig
 
 SteppingConfig = (
@@ -25,6 +25,7 @@ SteppingConfig = (
     | SgdConfig
     | PublishedConfig
     | ScrubConfig
+    | RmuConfig
 )
 """The methods that take steps on an objective until a rule ends them."""
 
@@ -71,6 +72,7 @@ SolverConfig = Annotated[
     | Annotated[SgdConfig, Tag("sgd")]
     | Annotated[PublishedConfig, Tag("gradient_descent")]
     | Annotated[ScrubConfig, Tag("scrub")]
+    | Annotated[RmuConfig, Tag("rmu")]
     | Annotated[RetrainConfig, Tag("retrain")]
     | Annotated[SsdConfig, Tag("ssd")],
     Discriminator(

@@ -49,6 +49,8 @@ class SegmentedModel:
     """Why the whole model became one segment, or None where blocks were found."""
     constants: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of every forward call beside a batch's own."""
+    ends_at_last_block: bool = False
+    """A forward is over with the last block's output, which takes the place of logits; what would follow is not run."""
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, is_grad_enabled, nn
 from torch.autograd.graph import Node
 from torch.func import functional_call
@@ -196,6 +196,7 @@ class _SuspendedForward(greenlet):
         self._model, self._blocks = segmented.model, segmented.blocks
         self._inputs = {**segmented.constants, **share.inputs}
         self._loss, self._trace = share.loss, trace
+        self._ends_at_last_block = segmented.ends_at_last_block
         self._selection = RowSelection(segmented.model, share.positions)
         self._num_calls = 0
         # transformers keeps state of a running forward in context variables: each has its own.
@@ -206,7 +207,10 @@ class _SuspendedForward(greenlet):
         output = self._model(**self._inputs)
         if self._num_calls != len(self._blocks):
             raise self._other_order()
-        self._trace.logits = self._selection.rows(output.logits)
+        self._finish(output.logits)
+
+    def _finish(self, logits: Tensor) -> None:
+        self._trace.logits = self._selection.rows(logits)
         self._trace.loss = self._loss(self._trace.logits)
 
     def at_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -223,6 +227,9 @@ class _SuspendedForward(greenlet):
         first, rest = (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
         cut = _as_leaf(first)
         self._trace.cuts.append(cut)
+        if self._ends_at_last_block and self._num_calls == len(self._blocks):
+            self._finish(cut)
+            raise GreenletExit  # ends this forward and nothing else
         return cut if rest is None else (cut, *tree_map_only(Tensor, _as_leaf, rest))
 
     def _other_order(self) -> ModelError:

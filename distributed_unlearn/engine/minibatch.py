@@ -99,7 +99,7 @@ class MinibatchObjective:
 
     def __init__(self, opened: OpenedModel, corpus: Corpus, spec: RoundSpec) -> None:
         self._opened, self._corpus, self._spec = opened, corpus, spec
-        self._objective = build_objective(spec.objective, spec.holdout_loss)
+        self._objective = build_objective(spec.objective, spec.holdout_loss, spec.solver.seed)
         needs = [needs for needs in (self._objective.forget_needs, self._objective.retain_needs) if needs is not None]
         self._start: SegmentStore | None = None
         if any(need.start_logits for need in needs):

@@ -2,10 +2,12 @@
 
 import torch
 
+from distributed_unlearn.config import RmuConfig
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.engine.decay import decay_mask
 from distributed_unlearn.engine.minibatch import MemoryPlan, MinibatchObjective
 from distributed_unlearn.engine.model import OpenedModel
+from distributed_unlearn.engine.partial_model import up_to_block
 from distributed_unlearn.solvers.oracle import OracleState, VectorOracle
 from distributed_unlearn.workers.messages import RoundSpec
 
@@ -17,7 +19,10 @@ class ShardedOracle(VectorOracle):
 
     def __init__(self, opened: OpenedModel, corpus: Corpus, spec: RoundSpec) -> None:
         self._round_index = spec.round_index
-        self._minibatch = MinibatchObjective(opened, corpus, spec)
+        seen = opened
+        if isinstance(spec.solver, RmuConfig):
+            seen = up_to_block(opened, spec.solver.layer_of(len(opened.segmented.blocks)))
+        self._minibatch = MinibatchObjective(seen, corpus, spec)
         super().__init__(
             space=opened.space,
             objective=self._minibatch,

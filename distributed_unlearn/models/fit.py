@@ -15,9 +15,9 @@ import torch
 from accelerate import init_empty_weights
 from transformers.utils import logging
 
-from distributed_unlearn.config import ModelConfig
+from distributed_unlearn.config import ModelConfig, RmuConfig
 from distributed_unlearn.curvature.segments import find_segments
-from distributed_unlearn.errors import ModelError
+from distributed_unlearn.errors import ConfigError, ModelError
 from distributed_unlearn.models.adapters import insert_adapter
 from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.checkpoint import load_model_config, require_safetensors
@@ -42,6 +42,30 @@ def check_checkpoint(config: ModelConfig, zero_stage: int) -> None:
     inserted = insert_adapter(model, config)
     trainable_parameters(model, family, config.trainable, inserted)
     refuse_one_segment(find_segments(model, family.blocks(model), family.constants).fallback_reason, zero_stage)
+
+
+def check_layer(config: ModelConfig, solver: RmuConfig) -> int:
+    """The layer that RMU steers, of a checkpoint that `check_checkpoint` let pass.
+
+    Raises:
+        ModelError: a model without layers that can be told apart.
+        ConfigError: a layer that it does not have.
+    """
+    config = opened_as(config)
+    family = family_of(config.task)
+    model = empty_model(family, load_model_config(config))
+    segmented = find_segments(model, family.blocks(model), family.constants)
+    if segmented.fallback_reason is not None:
+        raise ModelError(
+            f"solver.method rmu and a model whose layers cannot be told apart ({segmented.fallback_reason})",
+            "a language model that is a list of layers, each with one hidden state",
+            "choose another method",
+        )
+    layer = solver.layer_of(len(segmented.blocks))
+    if layer >= len(segmented.blocks):
+        last = len(segmented.blocks) - 1
+        raise ConfigError(f"solver.layer {layer}", f"a layer from 0 to {last}", "lower solver.layer")
+    return layer
 
 
 def empty_model(family: ModelFamily, hf_config: Any) -> Any:

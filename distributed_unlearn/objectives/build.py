@@ -13,6 +13,7 @@ from distributed_unlearn.objectives.record_terms import (
     RetainLossTerm,
     SimpleNegativePreferenceTerm,
 )
+from distributed_unlearn.objectives.steering import SteeringObjective
 from distributed_unlearn.objectives.teacher_terms import (
     DeleteTerm,
     DepartureTerm,
@@ -45,7 +46,7 @@ def _holdout_term(config: ObjectiveConfig, holdout_loss: float) -> HoldoutDistan
 
 def _forget_term(config: ObjectiveConfig, holdout_loss: float | None) -> Term | None:
     match config.name:
-        case "retain":
+        case "retain" | "rmu":
             return None
         case "gradient_ascent" | "graddiff":
             return AscentTerm()
@@ -80,7 +81,7 @@ def _retain_term(config: ObjectiveConfig) -> Term:
             return KeptDistributionTerm()
 
 
-def build_objective(config: ObjectiveConfig, holdout_loss: float | None) -> Objective:
+def build_objective(config: ObjectiveConfig, holdout_loss: float | None, seed: int = 0) -> Objective:
     """The configured objective.
 
     With `R` the retain term (the retain loss, unless `retain` says otherwise), `F` the forget loss (token means over
@@ -88,12 +89,13 @@ def build_objective(config: ObjectiveConfig, holdout_loss: float | None) -> Obje
     graddiff `r R - f F` (Liu, Liu, Stone 2022); all others `r R + f *` the term of `NegativePreferenceTerm` (npo),
     `SimpleNegativePreferenceTerm` (simnpo), `HoldoutDistanceTerm` (holdout_matched), `MatchedLogOddsTerm`
     (token_matched, whose `R` is `KeptLogOddsTerm`), `UndialTerm` (undial), `DeleteTerm` (delete), `RandomLabelTerm`
-    (random_labels) or `DepartureTerm` (scrub, whose `R` is `TaughtLossTerm`).
+    (random_labels) or `DepartureTerm` (scrub, whose `R` is `TaughtLossTerm`). rmu is `SteeringObjective`.
 
     Args:
         config: objective section of the job.
         holdout_loss: mean loss of the holdout set at the round's start, nats per token. Needed by
             holdout_matched; with any other objective it only adds the part `forget_distance_nats`.
+        seed: of what an objective draws at random; of rmu its vector.
 
     Raises:
         ConfigError: holdout_matched without `holdout_loss`, or weights that leave nothing to minimise.
@@ -103,9 +105,13 @@ def build_objective(config: ObjectiveConfig, holdout_loss: float | None) -> Obje
         raise NumericalError(
             f"a holdout loss of {holdout_loss}", "a finite number", "check the weights and the holdout records"
         )
+    objective: Objective
     retain_weight = 0.0 if config.name == "gradient_ascent" else config.retain_weight
-    term = _forget_term(config, holdout_loss)
-    objective = WeightedObjective(retain_weight, config.forget_weight, _retain_term(config), term, holdout_loss)
+    if config.name == "rmu":
+        objective = SteeringObjective(retain_weight, config.forget_weight, config.steering_coefficient, seed)
+    else:
+        term = _forget_term(config, holdout_loss)
+        objective = WeightedObjective(retain_weight, config.forget_weight, _retain_term(config), term, holdout_loss)
     if objective.forget_needs is None and objective.retain_needs is None:
         raise ConfigError(
             f"objective {config.name} with every weight in use at 0",

@@ -9,6 +9,7 @@ from distributed_unlearn.config import (
     DampedNewtonConfig,
     PinvNewtonConfig,
     PublishedConfig,
+    RmuConfig,
     ScrubConfig,
     SCureNewtonConfig,
     SgdConfig,
@@ -60,7 +61,7 @@ def build_solver(oracle: StepOracle, config: SteppingConfig) -> OuterSolver:
             return DampedNewton(oracle, _settings(DampedNewtonSettings, config))
         case PinvNewtonConfig():
             return PinvNewton(oracle, _settings(PinvNewtonSettings, config))
-        case AdamWConfig() | PublishedConfig() | ScrubConfig():
+        case AdamWConfig() | PublishedConfig() | ScrubConfig() | RmuConfig():
             return FirstOrder(oracle, _settings(AdamWSpec, config), config.learning_rate)
         case SgdConfig():
             return FirstOrder(oracle, _settings(SgdSpec, config), config.learning_rate)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from distributed_unlearn.config import JobConfig, RetrainConfig, SsdConfig
+from distributed_unlearn.config import JobConfig, RetrainConfig, RmuConfig, SsdConfig
 from distributed_unlearn.data.prepare import PreparedData, prepare_data
 from distributed_unlearn.data.selection import Partition
 from distributed_unlearn.errors import ConfigError
 from distributed_unlearn.files import refuse_existing
 from distributed_unlearn.models.base_of_adapter import model_to_retrain, opened_as, reference_model
-from distributed_unlearn.models.fit import check_checkpoint
+from distributed_unlearn.models.fit import check_checkpoint, check_layer
 from distributed_unlearn.models.reference import require_comparable
 from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.rounds.events import RunEvents
@@ -62,6 +62,8 @@ def prepare(job: JobConfig) -> PreparedData:
         require_comparable(job.model, reference, job.data.pad_token)
     if job.data.base_model is not None and job.unlearns:
         _check_base_model(job, job.data.base_model)
+    if job.unlearns and isinstance(job.solver, RmuConfig):
+        check_layer(job.model, job.solver)
     data = prepare_data(job.model, job.data, job.forget_rounds, job.holdout)
     if job.unlearns and isinstance(job.solver, SsdConfig):
         _check_dampening(job.solver, data.partition)

@@ -30,6 +30,7 @@ METHODS = {
     "delete": f"{{method: delete, {STEPS}}}",
     "scrub": f"{{method: scrub, retain_steps: 1, {STEPS}}}",
 }
+LANGUAGE_ONLY = {"rmu": f"{{method: rmu, layer: 0, {STEPS}}}"}
 TRAINING = "epochs: 2, batch_size: 4, learning_rate: 0.003"
 RETRAIN = f"solver={{method: retrain, {TRAINING}}}"
 
@@ -96,6 +97,26 @@ def test_on_a_language_model(method, tiny: TinyJob, tmp_path, capsys):
         assert found["steps"][1]["loss"] < 0  # away from the teacher, which the descent has left
     if method == "random_labels":  # tokens that nobody predicted: dearer than the true ones at a uniform model
         assert found["steps"][1]["terms"]["forget_term"] < found["steps"][0]["terms"]["forget_term"]
+
+
+def test_steering_a_layer_of_a_language_model(tiny: TinyJob, tmp_path, capsys):
+    trainable = 'model.trainable=["*.layers.*.down_proj.weight"]'
+    steering = (f"solver={LANGUAGE_ONLY['rmu']}", "objective.retain_weight=10", trainable)
+    succeed(capsys, language(tiny, "run", tmp_path / "out", *steering))
+    (found,) = record_of(tmp_path / "out")["rounds"]
+    assert [sorted(step["terms"]) for step in found["steps"]] == [["forget_term", "retain_term"]] * 2
+    first, second = (step["terms"] for step in found["steps"])
+    assert second["forget_term"] < first["forget_term"] and first["retain_term"] == 0.0 < second["retain_term"]
+    before, after = (load_file(path / "model.safetensors") for path in (tiny.model, tmp_path / "out" / "checkpoint"))
+    assert [n for n in before if not before[n].equal(after[n])] == ["model.layers.0.mlp.down_proj.weight"]
+
+
+def test_what_steering_refuses(tiny: TinyJob, digits: Path, tmp_path, capsys):
+    for command in ("plan", "run"):
+        far = language(tiny, command, tmp_path / "out", f"solver={{method: rmu, layer: 2, {STEPS}}}")
+        assert_refused(call(capsys, far), 3, "configuration", "solver.layer 2", "a layer from 0 to 1")
+    images = ["run", str(digits), f"solver={LANGUAGE_ONLY['rmu']}", f"output={tmp_path / 'out'}"]
+    assert_refused(call(capsys, images), 3, "configuration", "hidden states of a causal language model")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -201,7 +222,7 @@ def test_a_threshold_that_no_weight_can_reach_is_refused(tiny: TinyJob, tmp_path
 def test_plan_of_every_method(tiny: TinyJob, tmp_path, capsys):
     """A teacher's pass is a forward pass more of every step; a retraining is a training."""
     moved = {}
-    for method, settings in METHODS.items():
+    for method, settings in {**METHODS, **LANGUAGE_ONLY}.items():
         outcome = succeed(
             capsys, language(tiny, "plan", tmp_path / "out", f"solver={settings}", "cluster.num_workers=1")
         )
@@ -209,7 +230,8 @@ def test_plan_of_every_method(tiny: TinyJob, tmp_path, capsys):
         moved[method] = float(line.partition("communication a round")[2].replace("│", " ").split()[0])
         assert "at most 0" in outcome.out
     taught = ("undial", "delete", "scrub")
-    assert all((value > moved["npo"]) == (method in taught) for method, value in moved.items())
+    assert all((moved[method] > moved["npo"]) == (method in taught) for method in METHODS)
+    assert moved["rmu"] < moved["undial"]  # one layer of two, though with a teacher's pass
     outcome = succeed(capsys, language(tiny, "plan", tmp_path / "out", RETRAIN, f"data.base_model={tiny.model}"))
     assert "optimizer states" in outcome.out and "training steps" in outcome.out and "trains anew" in outcome.out
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from distributed_unlearn.config import ModelConfig, ObjectiveConfig, PublishedConfig, ScrubConfig, SteppingConfig
+from distributed_unlearn.config import (
+    ModelConfig,
+    ObjectiveConfig,
+    PublishedConfig,
+    RmuConfig,
+    ScrubConfig,
+    SteppingConfig,
+)
 from distributed_unlearn.data.encoding import EncodedCorpus
 from distributed_unlearn.engine.worker import Worker
 from distributed_unlearn.solvers.inner.first_order import SgdSpec
@@ -27,6 +34,10 @@ STEPPING: dict[str, tuple[SteppingConfig, ObjectiveConfig]] = {
     "scrub": (
         ScrubConfig(method="scrub", gradient_batch=4, retain_steps=1, forget_steps=1, forget_cycles=2),
         ObjectiveConfig(name="scrub", distillation_weight=0.7, forget_weight=0.5),
+    ),
+    "rmu": (
+        RmuConfig(method="rmu", gradient_batch=9, layer=0),
+        ObjectiveConfig(name="rmu", steering_coefficient=2.0, retain_weight=3.0),
     ),
 }
 SAMPLE = RETAIN[1:8]

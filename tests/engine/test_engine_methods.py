@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from distributed_unlearn.config import ModelConfig, RmuConfig
 from distributed_unlearn.curvature.reference import frozen_rows
 from distributed_unlearn.data.encoding import collate
 from distributed_unlearn.data.sampling import draw
 from distributed_unlearn.engine.inputs import Minibatch
-from distributed_unlearn.objectives.losses import token_nll
+from distributed_unlearn.errors import ModelError
+from distributed_unlearn.models.fit import check_layer
+from distributed_unlearn.objectives.steering import control_vector
+from tests.answer_losses import token_nll
 from tests.engine.cases import Problem, assemble, load_float64, loss_on
 from tests.engine.checkpoints import FORGET, RETAIN, odd_llama, word_tokenizer
 from tests.engine.compare import SUMS, Results
@@ -44,7 +48,8 @@ def found(checkpoints, corpus, tmp_path_factory):
 def _gradient(model, loss):
     """By name, in float64; zero in the rows that are held fixed."""
     named = dict(model.named_parameters())
-    gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    gradients = dict(zip(named, found, strict=True))
     for name, row in frozen_rows(model).items():
         gradients[name][row] = 0
     return gradients
@@ -52,6 +57,30 @@ def _gradient(model, loss):
 
 def _flat(named):
     return torch.cat([named[name].detach().double().reshape(-1) for name in sorted(named)])
+
+
+def _states(corpus, records, model):
+    """The first layer's output at every position that predicts an answer token, record by record."""
+    rows = []
+    for record in records:
+        tokens = collate(corpus, np.array([record]))
+        hidden = model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
+        ).hidden_states[1]
+        positions = tokens.answer_mask[0].nonzero().squeeze(1)
+        rows += [hidden[0, int(position) - 1] for position in positions if position > 0]
+    return torch.stack(rows)
+
+
+def _steered_loss(corpus, minibatch, model, first, objective):
+    """Token by token, with the whole model run."""
+    of_forget, of_retain = (_states(corpus, records, model) for records in (minibatch.forget, minibatch.retain))
+    with torch.no_grad():
+        start = _states(corpus, minibatch.retain, first)
+    target = objective.steering_coefficient * control_vector(of_forget.shape[1], 0)
+    steered = sum(((row - target) ** 2).mean() for row in of_forget) / len(of_forget)
+    kept = sum(((row - was) ** 2).mean() for row, was in zip(of_retain, start, strict=True)) / len(of_retain)
+    return steered + objective.retain_weight * kept
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +102,10 @@ def plain(checkpoints, corpus):
                 )
             else:
                 minibatch = Minibatch(draw(0, 1, step, "forget", FORGET, 4), draw(0, 1, step, "retain", RETAIN, 5))
-            loss = loss_on(corpus, problem, minibatch, first)(model)
+            if method == "rmu":
+                loss = _steered_loss(corpus, minibatch, model, first, objective)
+            else:
+                loss = loss_on(corpus, problem, minibatch, first)(model)
             gradients = _gradient(model, loss)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
@@ -95,6 +127,22 @@ def test_steps_are_those_of_the_loop(world_size, stage, method, found, plain):
         assert rank["losses"] == pytest.approx(losses, rel=1e-4, abs=1e-6)
     if method == "scrub":
         assert losses[1] < 0 and losses[3] < 0 < min(losses[0], losses[2], losses[4])
+
+
+@everywhere
+def test_steering_leaves_later_layers_alone(world_size, stage, found, checkpoints):
+    ranks = found.of(world_size, f"rmu {stage}")
+    weights = assemble([rank["weights"] for rank in ranks], ranks[0]["layout"])
+    start = dict(load_float64(str(checkpoints / "odd_llama")).named_parameters())
+    moved = {name for name, value in weights.items() if not torch.equal(value, start[name].float())}
+    assert moved == {name for name in weights if "layers.0" in name or "embed_tokens" in name}
+
+
+def test_models_without_layers_cannot_be_steered(checkpoints):
+    solver = RmuConfig(method="rmu")
+    assert check_layer(ModelConfig(path=str(checkpoints / "odd_llama")), solver) == 0
+    with pytest.raises(ModelError, match="a model whose layers cannot be told apart"):
+        check_layer(ModelConfig(path=str(checkpoints / "blockless")), solver)
 
 
 @pytest.fixture(scope="module")
