@@ -1,15 +1,19 @@
 """The tokenizer of a checkpoint, fit for telling prompt from answer."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from distributed_unlearn.config import ModelConfig
 from distributed_unlearn.errors import ConfigError, ModelError
 from distributed_unlearn.files import expand_home
 from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.hub_errors import unreadable
+
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def tokenizer_source(config: ModelConfig) -> ModelConfig:
@@ -54,8 +58,12 @@ def load_tokenizer(config: ModelConfig, pad_token: str | None = None) -> PreTrai
 
 
 def save_tokenizer(path: str, revision: str | None, folder: Path) -> None:
-    """Write the tokenizer of the checkpoint at `path` into `folder`."""
+    """Write the tokenizer of the checkpoint at `path` into `folder`, and how a multimodal one prepares its images."""
     AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False).save_pretrained(folder)
+    for name in _IMAGE_FILES:
+        found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
 
 
 def _example(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -46,6 +46,26 @@ def test_numbers_that_explode_are_refused(max_steps, tiny: TinyJob, tmp_path, ca
     assert kinds[:2] == ["model", "round_1/step"]  # what happened until then is kept
 
 
+def test_a_training_that_explodes_ends_before_the_optimiser_takes_another_step(
+    tiny: TinyJob, tmp_path, capsys, monkeypatch
+):
+    from distributed_unlearn.engine.optimizer import AdamW
+
+    updated, own = [], AdamW.step
+
+    def step(optimizer: AdamW) -> None:
+        updated.extend(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        own(optimizer)
+
+    monkeypatch.setattr(AdamW, "step", step)
+    training = "train={epochs: 3, batch_size: 6, learning_rate: 1.0e+30, warmup_share: 0.0}"
+    overrides = ("forget=null", 'model.trainable=["*.mlp.*"]', training)  # of the whole model the norms divide it away
+    outcome = call(capsys, tiny.run(tmp_path / "out", *overrides))
+    assert_refused(outcome, 7, "numerics", "a training loss of nan at step 2", "no checkpoint was written")
+    assert updated and len(updated) == len(set(updated))  # each weight once, by the step before
+    _assert_no_result(tmp_path / "out")
+
+
 def test_a_gradient_that_is_nan_is_refused_before_the_weights_change(tiny: TinyJob, tmp_path, capsys, monkeypatch):
     from distributed_unlearn.engine.minibatch import MinibatchObjective
     from distributed_unlearn.engine.oracle import ShardedOracle
