@@ -68,7 +68,7 @@ class ObjectiveConfig(StrictModel):
 
     distillation_weight: float = Field(default=1.0, ge=0.0)
     """scrub: weight of staying near the teacher on retain records, beside their loss (alpha / gamma of Kurmanji et al.
-    2023, equation 3; gamma is `retain_weight`)."""
+    2023; gamma is `retain_weight`)."""
 
     steering_coefficient: float = Field(default=6.5, gt=0.0)
     """rmu: c, the length that hidden states of forget records are steered to (6.5 in Li et al. 2024, for Zephyr-7B; a

@@ -4,9 +4,9 @@ The importance of weight `i` to a set of records is the diagonal of the empirica
 
     F_i = mean over records of (d log p(answer | prompt) / d w_i)^2,
 
-with `log p` summed over the record's predictions (equation 3). With `F_f` of the forget set and `F` of all data,
+with `log p` summed over the record's predictions. With `F_f` of the forget set and `F` of all data,
 
-    w_i <- min(lambda F_i / F_f,i, 1) w_i    where    F_f,i > alpha F_i    (equations 4 to 6),
+    w_i <- min(lambda F_i / F_f,i, 1) w_i    where    F_f,i > alpha F_i,
 
 and every other weight stays as it is, bit for bit.
 
@@ -71,7 +71,6 @@ class Dampening:
         for start in range(0, len(indices), communicator.world_size):
             # A rank without a record takes part with an empty one, whose gradient is zero.
             mine = indices[start + communicator.rank : start + communicator.rank + 1]
-            mine = mine if start + communicator.rank < len(indices) else indices[:0]
             batch = self._corpus.batch(mine).to(communicator.device)
             share = _log_likelihood(batch)
             Linearisation(self._opened.segmented, self._store, [share], keep_forward=True).gradient(self._sums[role])

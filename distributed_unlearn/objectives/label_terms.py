@@ -25,7 +25,7 @@ def other_labels(labels: Tensor, uniform: Tensor, num_labels: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomLabelTerm:
-    """The loss on random labels (amnesiac unlearning; Graves, Nagisetty, Ganesh 2021, arXiv 2010.10981, section 3.1).
+    """The loss on random labels (amnesiac unlearning; Graves, Nagisetty, Ganesh 2021, arXiv 2010.10981).
 
     `mean over forget predictions of -log p(r)`, `r` uniform over all labels (tokens) but the true one. `r` is a
     function of seed, record and place, so the same on every rank, in every step and in a run that is taken up again.

@@ -19,7 +19,7 @@ def control_vector(size: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SteeringObjective:
-    """Representation misdirection (RMU; Li et al. 2024, arXiv 2403.03218, section 4); implements `Objective`.
+    """Representation misdirection (RMU; Li et al. 2024, arXiv 2403.03218); implements `Objective`.
 
     What it is given as logits are hidden states `h` [N, D], a block's output where the model predicts; as start logits
     those at the round's start, `h0`:

@@ -92,7 +92,7 @@ class KeptDistributionTerm:
 
 @dataclass(frozen=True)
 class DepartureTerm:
-    """SCRUB's ascent (Kurmanji, Triantafillou, Hayes, Triantafillou 2023, arXiv 2302.09880, equation 3).
+    """SCRUB's ascent (Kurmanji, Triantafillou, Hayes, Triantafillou 2023, arXiv 2302.09880).
 
     `-(mean over forget predictions of KL(p_start | p))`: away from the teacher, which is the round's start. Unbounded
     below, and with a gradient of exactly zero at the teacher's own weights.
@@ -108,7 +108,7 @@ class DepartureTerm:
 
 @dataclass(frozen=True)
 class TaughtLossTerm:
-    """SCRUB's descent (Kurmanji et al. 2023, arXiv 2302.09880, equation 3): the labels, and the teacher.
+    """SCRUB's descent (Kurmanji et al. 2023, arXiv 2302.09880): the labels, and the teacher.
 
     `mean over retain predictions of -log p_y + weight KL(p_start | p)`.
     """

@@ -78,7 +78,7 @@ def _check_dampening(solver: SsdConfig, partition: Partition) -> None:
             raise ConfigError(
                 f"solver.selection_weighting {solver.selection_weighting:g} in round {index + 1}, which forgets "
                 f"1 of {largest:.4g} records: no weight can matter that much more to the forget set than to all data",
-                f"a value from 1 to below {largest:.4g}",
+                f"a value below {largest:.4g}",
                 "lower solver.selection_weighting",
             )
 

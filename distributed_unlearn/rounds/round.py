@@ -170,48 +170,6 @@ def _take_steps(
     return f"max_steps: all {task.stepping.max_steps} steps were taken"
 
 
-def run_round(
-    workers: Workers, task: RoundTask, start: Scores, unseen: Unseen, keeper: RoundKeeper, on_step: OnStep
-) -> RoundRecord:
-    """Run one round on the workers' current weights and leave the new weights there.
-
-    Args:
-        workers: With an open model.
-        task: The round.
-        start: All records of `scored_sets(task)` at the start of the job. What an unseen record is like is taken from
-            there: an earlier round may have damaged the weights, and then everything is hard.
-        unseen: What targets of single tokens are taken from, at the start of the job too.
-        keeper: Saves the round's state now and then, and may have one from which the round goes on.
-        on_step: Told of each step, also of those that the state holds.
-
-    Raises:
-        ConfigError: a state to go on from that this round does not fit.
-        NumericalError: a loss or gradient that is not finite; the weights are those before the step.
-    """
-    batch, solver_config = task.scoring_batch, task.stepping
-    opening = open_round(workers, task, start)
-    objective = build_objective(task.objective, opening.holdout_loss)
-    retain = drawn_retain_records(objective, solver_config, task.round_index, task.retain)
-    constants = opening_constants(workers, objective, task.forget, retain, unseen, batch)
-    spec = RoundSpec(
-        task.round_index,
-        task.forget,
-        task.retain,
-        task.objective,
-        solver_config,
-        task.curvature,
-        opening.holdout_loss,
-        replace(constants, label_seed=solver_config.seed),
-    )
-    workers.begin_round(spec)
-    solver = build_solver(RemoteOracle(workers.group), solver_config)
-    keeper.restore(workers, opening.before, solver)
-    course = Course.begin(opening.before, keeper.found)
-    watch = _Watch(workers, task, opening.holdout_loss, unseen, opening.scores, course)
-    reason = _take_steps(task, solver, watch, course, keeper, on_step)
-    return close_round(workers, task, start, opening, Changed(reason, tuple(course.steps), course.started))
-
-
 @dataclass(frozen=True, eq=False)
 class Opening:
     """How all sets stand before a round."""
@@ -266,3 +224,45 @@ def close_round(workers: Workers, task: RoundTask, start: Scores, opening: Openi
         after=after,
         verdict=judge(opening.sets, start, now),
     )
+
+
+def run_round(
+    workers: Workers, task: RoundTask, start: Scores, unseen: Unseen, keeper: RoundKeeper, on_step: OnStep
+) -> RoundRecord:
+    """Run one round on the workers' current weights and leave the new weights there.
+
+    Args:
+        workers: With an open model.
+        task: The round.
+        start: All records of `scored_sets(task)` at the start of the job. What an unseen record is like is taken from
+            there: an earlier round may have damaged the weights, and then everything is hard.
+        unseen: What targets of single tokens are taken from, at the start of the job too.
+        keeper: Saves the round's state now and then, and may have one from which the round goes on.
+        on_step: Told of each step, also of those that the state holds.
+
+    Raises:
+        ConfigError: a state to go on from that this round does not fit.
+        NumericalError: a loss or gradient that is not finite; the weights are those before the step.
+    """
+    batch, solver_config = task.scoring_batch, task.stepping
+    opening = open_round(workers, task, start)
+    objective = build_objective(task.objective, opening.holdout_loss)
+    retain = drawn_retain_records(objective, solver_config, task.round_index, task.retain)
+    constants = opening_constants(workers, objective, task.forget, retain, unseen, batch)
+    spec = RoundSpec(
+        task.round_index,
+        task.forget,
+        task.retain,
+        task.objective,
+        solver_config,
+        task.curvature,
+        opening.holdout_loss,
+        replace(constants, label_seed=solver_config.seed),
+    )
+    workers.begin_round(spec)
+    solver = build_solver(RemoteOracle(workers.group), solver_config)
+    keeper.restore(workers, opening.before, solver)
+    course = Course.begin(opening.before, keeper.found)
+    watch = _Watch(workers, task, opening.holdout_loss, unseen, opening.scores, course)
+    reason = _take_steps(task, solver, watch, course, keeper, on_step)
+    return close_round(workers, task, start, opening, Changed(reason, tuple(course.steps), course.started))

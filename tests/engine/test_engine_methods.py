@@ -110,7 +110,7 @@ def plain(checkpoints, corpus):
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter -= RATE * gradients[name]
-            losses.append(float(loss))
+            losses.append(loss.item())
         truths[method] = losses, _flat(dict(model.named_parameters())) - start, start
     return truths
 
