@@ -102,7 +102,8 @@ class Trainer:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
-                "stage": zero_stage,
+                # Stage 0 would round every update to bfloat16, without the fp32 weights that the others keep.
+                "stage": max(zero_stage, 1) if bf16 else zero_stage,
                 "memory_efficient_linear": False,
                 "stage3_param_persistence_threshold": 0,
             },

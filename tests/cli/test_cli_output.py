@@ -66,6 +66,14 @@ def test_a_training_that_explodes_ends_before_the_optimiser_takes_another_step(
     _assert_no_result(tmp_path / "out")
 
 
+def test_a_bfloat16_training_does_not_depend_on_the_stage(tiny: TinyJob, tmp_path, capsys):
+    training = ("forget=null", "model.dtype=bfloat16", "train={epochs: 2, batch_size: 6, learning_rate: 1.0e-3}")
+    for stage in (0, 2):
+        succeed(capsys, tiny.run(tmp_path / str(stage), *training, f"cluster.zero_stage={stage}"))
+    first, second = (load_file(tmp_path / str(stage) / "checkpoint" / "model.safetensors") for stage in (0, 2))
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+
+
 def test_a_gradient_that_is_nan_is_refused_before_the_weights_change(tiny: TinyJob, tmp_path, capsys, monkeypatch):
     from distributed_unlearn.engine.minibatch import MinibatchObjective
     from distributed_unlearn.engine.oracle import ShardedOracle
