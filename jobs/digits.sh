@@ -4,7 +4,7 @@
 #   jobs/digits.sh cnn          # every method; minutes in all on one core
 #   jobs/digits.sh resnet18     # two workers at ZeRO stage 3; better with GPUs
 #
-# Everything is written below runs/digits; the last lines are a table of all results.
+# Everything is written below runs/digits; the last lines are two tables of all results.
 set -euo pipefail
 name=$1
 class=('forget={classes: [3]}')
@@ -35,14 +35,8 @@ if [ "$name" = cnn ]; then
     unlearn pinv_newton "solver={method: pinv_newton, $batches, max_steps: 1}"
 fi
 
-python - "$name" <<'TABLE'
-import json, pathlib, sys
-
-print("loss / accuracy          forget          retain         holdout    ToW   ||Delta||  products  seconds")
-for path in sorted(pathlib.Path("runs/digits").glob(f"{sys.argv[1]}_*/record.json")):
-    for last in json.loads(path.read_text()).get("rounds", [])[-1:]:
-        sets = (last["after"][name] for name in ("forget", "retain", "holdout"))
-        cells = (f"{x['loss_nats_per_token']:9.3f} / {x['exact_memorisation']:.3f}" for x in sets)
-        tail = (last["tug_of_war"], last["update_norm"], last["num_products"], last["wall_seconds"])
-        print(f"{path.parent.name:22s}", *cells, "{:.3f}  {:9.3f}  {:8d}  {:7.1f}".format(*tail))
-TABLE
+echo "a tenth of the images, drawn at random:"
+mapfile -t samples < <(find runs/digits -maxdepth 1 -name "${name}_*" ! -name '*_class' | sort)
+python jobs/table.py "${samples[@]}"
+echo "class 3:"
+python jobs/table.py runs/digits/"$name"_*_class

@@ -12,3 +12,4 @@ python jobs/ag_news_classifier.py "$1" "$2" runs/ag_news --num-records "$num" --
 distributed-unlearn run jobs/smollm2_ag_news_train.yaml "${data[@]}"
 distributed-unlearn run jobs/smollm2_ag_news_retrain.yaml "${data[@]}"
 distributed-unlearn run --allow-incomplete jobs/smollm2_ag_news_unlearn.yaml "${data[@]}"
+python jobs/table.py runs/ag_news/unlearn
