@@ -173,6 +173,11 @@ def write_json(path: Path, value: Any) -> None:
     _write_complete(path, text + "\n", 0o666)
 
 
+def write_private_json(path: Path, value: Any) -> None:
+    """Write JSON, as `write_json` does, that only its owner can read."""
+    _write_complete(path, json.dumps(value, sort_keys=True, allow_nan=False) + "\n", 0o600)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text as it is; the file is complete or as before."""
     _write_complete(path, text, 0o666)

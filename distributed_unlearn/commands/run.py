@@ -12,6 +12,7 @@ from distributed_unlearn.records.verdict import SURVIVAL_LEVEL
 from distributed_unlearn.report.tables import comparison_table
 from distributed_unlearn.rounds.events import RunEvents, Unwatched
 from distributed_unlearn.rounds.folder import claimed, output_folder
+from distributed_unlearn.rounds.pending import settle
 from distributed_unlearn.rounds.preparation import prepare_run
 from distributed_unlearn.rounds.report import Report, write_report
 from distributed_unlearn.rounds.session import run_session
@@ -33,10 +34,14 @@ def run_job(job: JobConfig, events: RunEvents | None = None, group: WorkerGroup 
     with claimed(folder):
         watcher = Unwatched() if events is None else events
         run = prepare_run(job, folder, watcher)
-        opened: AbstractContextManager[WorkerGroup] = open_group(job.cluster) if group is None else nullcontext(group)
-        with opened as workers:
-            run_session(workers, run, watcher)
-        return write_report(folder)
+        if not run.is_done:
+            opened: AbstractContextManager[WorkerGroup]
+            opened = open_group(job.cluster) if group is None else nullcontext(group)
+            with opened as workers:
+                run_session(workers, run, watcher)
+        report = write_report(folder)
+        settle(folder)
+        return report
 
 
 def run_command(job: JobConfig, console: Console) -> bool:
@@ -63,7 +68,10 @@ def run_command(job: JobConfig, console: Console) -> bool:
 
 
 def _print_training(console: Console, record: RunRecord) -> None:
-    assert record.training is not None and record.training.scores is not None
+    assert record.training is not None
+    if record.training.scores is None:
+        print_line(console, "the trained model was not scored: the run ended before")
+        return
     for name, value in record.training.scores.items():
         print_line(
             console,

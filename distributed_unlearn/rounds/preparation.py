@@ -17,7 +17,8 @@ from distributed_unlearn.report.run_log import RunLog
 from distributed_unlearn.rounds.events import RunEvents
 from distributed_unlearn.rounds.folder import output_folder
 from distributed_unlearn.rounds.origin import Origin, find_origin
-from distributed_unlearn.rounds.state import FoundState, find_state, has_state, job_hash
+from distributed_unlearn.rounds.pending import complete_result, pending_result
+from distributed_unlearn.rounds.state import FoundState, find_state, forget_state, has_state, job_hash
 from distributed_unlearn.workers.client import Workers
 
 
@@ -33,6 +34,8 @@ class PreparedRun:
     """See `job_hash`."""
     found: FoundState | None
     """Where an interrupted run of this job was, if the job asks to go on from there."""
+    is_done: bool = False
+    """A run of this job ended with its checkpoint in place: the record is there by now, the report is to be drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +56,9 @@ def prepare(job: JobConfig) -> PreparedData:
     """
     if job.train is None and not job.unlearns:
         raise ConfigError("a job without forget, rounds or train", "one of them", "say what to forget or to train")
-    refuse_existing(output_folder(job.output) / "checkpoint", job.overwrite)
+    folder = output_folder(job.output)
+    if pending_result(folder) is None:  # else it is this job's own, or `prepare_run` refuses it
+        refuse_existing(folder / "checkpoint", job.overwrite)
     stage = job.cluster.zero_stage if job.train is None else job.train.stage_in(job.cluster)
     check_checkpoint(job.model, stage)
     if job.retrained is not None and job.train is None:
@@ -105,10 +110,16 @@ def prepare_run(job: JobConfig, folder: Path, events: RunEvents) -> PreparedRun:
     Raises:
         ConfigError, DataError, ModelError: see `prepare` and `find_state`.
     """
+    left = complete_result(folder)
     data = prepare(job)
     events.prepared(job, data)
     origin = find_origin(job.model, data.commit)
     job_sha256 = job_hash(job, data, origin)
+    if left is not None and left.job_sha256 == job_sha256:
+        events.note("an interrupted run of this job had put its checkpoint in place; its record is completed")
+        forget_state(folder)
+        return PreparedRun(job, data, origin, folder, job_sha256, None, is_done=True)
+    refuse_existing(folder / "checkpoint", job.overwrite)
     return PreparedRun(job, data, origin, folder, job_sha256, _find_state(job, folder, job_sha256, events))
 
 

@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 
 from distributed_unlearn.data.erased import ErasedBefore
-from distributed_unlearn.files import write_json, write_private
 from distributed_unlearn.provenance import Mark, hash_ids, hash_salt, new_salt
 from distributed_unlearn.records import (
     RECORD_NAME,
@@ -16,7 +15,6 @@ from distributed_unlearn.records import (
     RunRecord,
     SurvivingUpdate,
     run_verdict,
-    to_json,
 )
 from distributed_unlearn.report.tables import erased_text
 from distributed_unlearn.rounds.origin import redacted_config
@@ -66,17 +64,6 @@ def begin_record(
         erased_ids_sha256_salted=hashes,
     )
     return record, salt
-
-
-def write_record(folder: Path, record: RunRecord, salt: str | None) -> None:
-    """Write record.salt, which only the owner can read, then record.json.
-
-    The salt proves to its holder that a given id was erased; without it the record tells no ids. It comes first:
-    a salt without a record is of no use, and a record without its salt proves nothing.
-    """
-    if salt is not None:
-        write_private(folder / "record.salt", salt)
-    write_json(folder / RECORD_NAME, to_json(record))
 
 
 def card_lines(rounds: Sequence[RoundRecord], survival: SurvivingUpdate, before: ErasedBefore) -> list[str]:

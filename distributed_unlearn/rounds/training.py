@@ -12,8 +12,9 @@ from distributed_unlearn.provenance import hash_folder
 from distributed_unlearn.records import RunRecord, TrainingRecord
 from distributed_unlearn.rounds.evaluate import evaluate_sets
 from distributed_unlearn.rounds.origin import model_to_open
+from distributed_unlearn.rounds.pending import PendingResult, write_record
 from distributed_unlearn.rounds.preparation import Session, training_records
-from distributed_unlearn.rounds.result import begin_record, result_mark, result_papers, write_record
+from distributed_unlearn.rounds.result import begin_record, result_mark, result_papers
 from distributed_unlearn.rounds.retraining import train_steps, training_spec
 
 
@@ -30,11 +31,10 @@ def train(session: Session) -> RunRecord:
     assert job.train is not None
     partition = data.partition
     erased = partition.forget_rounds if job.train.exclude_forget else ()
-    files = _write_checkpoint(session, erased)
     training = TrainingRecord(len(indices), len(losses), losses[-1], time.monotonic() - started, None)
-    record, salt = begin_record("training", session.run, files, erased)
-    record = replace(record, training=training)
-    write_record(session.run.folder, record, salt)
+    pending = _write_checkpoint(session, erased, training)
+    record = pending.record
+    write_record(session.run.folder, record, pending.salt)
     scores, _ = evaluate_sets(workers, _sets(partition, indices), 2 * job.curvature.micro_batch_size)
     record = replace(record, training=replace(training, scores=scores))
     write_record(session.run.folder, record, None)  # the salt is there
@@ -52,14 +52,17 @@ def _take_steps(session: Session, indices: np.ndarray) -> list[float]:
     return losses
 
 
-def _write_checkpoint(session: Session, erased: Sequence[np.ndarray]) -> dict[str, str]:
-    """Write the trained model; returns the hashes of its files."""
+def _write_checkpoint(session: Session, erased: Sequence[np.ndarray], training: TrainingRecord) -> PendingResult:
+    """Write the trained model; returns its papers, which were announced before it took its place."""
     job, folder = session.run.job, session.run.folder
     model = model_to_open(job.model, session.run.data.commit)
     with complete_folder(folder / "checkpoint", job.overwrite, result_papers(folder)) as staging:
         session.workers.export(str(staging.resolve()), model, job.save)
         result_mark(session.run, erased).write(staging)
-        return hash_folder(staging)
+        record, salt = begin_record("training", session.run, hash_folder(staging), erased)
+        pending = PendingResult(session.run.job_sha256, replace(record, training=training), salt)
+        pending.write(folder)
+    return pending
 
 
 def _sets(partition: Partition, indices: np.ndarray) -> Mapping[str, np.ndarray]:

@@ -18,8 +18,9 @@ from distributed_unlearn.rounds.dampening import run_dampened_round
 from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, evidence
 from distributed_unlearn.rounds.opening import Unseen
 from distributed_unlearn.rounds.origin import model_to_open
+from distributed_unlearn.rounds.pending import PendingResult, write_record
 from distributed_unlearn.rounds.preparation import Session
-from distributed_unlearn.rounds.result import begin_record, card_lines, result_mark, result_papers, write_record
+from distributed_unlearn.rounds.result import begin_record, card_lines, result_mark, result_papers
 from distributed_unlearn.rounds.retraining import run_retrained_round
 from distributed_unlearn.rounds.round import RoundTask, run_round, score_start
 from distributed_unlearn.rounds.state import RoundKeeper, StateKeeper, forget_state
@@ -43,23 +44,12 @@ def unlearn(session: Session) -> RunRecord:
     session.events.opened(facts)
     session.log.log("model", 0, asdict(facts))
     rounds = _run_rounds(session, reference, base)
-    mode = workers.curvature_mode() if isinstance(job.solver, SteppingConfig) else None
     with session.events.stage("writing and reading back the checkpoint"):
-        survival, files = _write_checkpoint(session, model, rounds)
-        verdict = run_verdict(rounds[-1].verdict, survival)
-        record, salt = begin_record("unlearning", session.run, files, data.partition.forget_rounds)
-        record = replace(
-            record,
-            verdict=verdict,
-            rounds=tuple(rounds),
-            surviving_update=survival,
-            curvature_mode=mode,
-            retrained=reference,
-        )
-        write_record(session.run.folder, record, salt)
+        pending, survival = _write_checkpoint(session, model, rounds, reference)
+        write_record(session.run.folder, pending.record, pending.salt)
         forget_state(session.run.folder)  # complete: nothing to go on with
     session.log.log("surviving_update", 0, asdict(survival))
-    return record
+    return pending.record
 
 
 def scores_samples(job: JobConfig, data: PreparedData) -> bool:
@@ -182,13 +172,27 @@ def _run_round(
 
 
 def _write_checkpoint(
-    session: Session, model: ModelConfig, rounds: Sequence[RoundRecord]
-) -> tuple[SurvivingUpdate, dict[str, str]]:
-    """Write the checkpoint; returns what survives in it and the hashes of its files."""
-    job, data, folder = session.run.job, session.run.data, session.run.folder
+    session: Session, model: ModelConfig, rounds: Sequence[RoundRecord], reference: dict[str, SetScores] | None
+) -> tuple[PendingResult, SurvivingUpdate]:
+    """Write the checkpoint; returns its papers, which were announced before it took its place, and what survives."""
+    job, data, folder, workers = session.run.job, session.run.data, session.run.folder, session.workers
+    mode = workers.curvature_mode() if isinstance(job.solver, SteppingConfig) else None
+    erased = data.partition.forget_rounds
     with complete_folder(folder / "checkpoint", job.overwrite, result_papers(folder)) as staging:
-        survival = session.workers.export(str(staging.resolve()), model, job.save)
+        survival = workers.export(str(staging.resolve()), model, job.save)
         lines = card_lines(rounds, survival, data.erased)
         (staging / "README.md").write_text(model_card(job.model.path, lines), encoding="utf-8")
-        result_mark(session.run, data.partition.forget_rounds).write(staging)
-        return survival, hash_folder(staging)  # hashed before it is in place: its record follows at once
+        result_mark(session.run, erased).write(staging)
+        # Hashed before it is in place: afterwards its files may change.
+        record, salt = begin_record("unlearning", session.run, hash_folder(staging), erased)
+        record = replace(
+            record,
+            verdict=run_verdict(rounds[-1].verdict, survival),
+            rounds=tuple(rounds),
+            surviving_update=survival,
+            curvature_mode=mode,
+            retrained=reference,
+        )
+        pending = PendingResult(session.run.job_sha256, record, salt)
+        pending.write(folder)
+    return pending, survival

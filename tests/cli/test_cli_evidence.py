@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import pytest
 import torch
 from command_line import call, succeed
 from tiny_job import TinyJob, save_model
+
+from distributed_unlearn.rounds.pending import PENDING_NAME
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -65,16 +70,99 @@ def test_a_crash_before_the_record_leaves_no_other_record(tiny: TinyJob, tmp_pat
     old = {name: (output / name).read_bytes() for name in ("record.json", "record.salt", "report.html")}
     weights = _hash(output / "checkpoint" / "model.safetensors")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
-        patch.setattr("distributed_unlearn.rounds.result.write_private", _crash)
+        patch.setattr("distributed_unlearn.rounds.pending.write_private", _crash)
         call(capsys, tiny.run(output, "solver.max_steps=2", "overwrite=true"))
     assert _hash(output / "checkpoint" / "model.safetensors") != weights
     assert [name for name in old if (output / name).exists()] == []
     aside = {f"{Path(name).stem}.previous{Path(name).suffix}": content for name, content in old.items()}
     assert {name: (output / name).read_bytes() for name in aside} == aside
     # What is aside is the last complete evidence: a run without a record did not displace it.
+    (output / PENDING_NAME).unlink()
     succeed(capsys, tiny.run(output, "solver.max_steps=1", "overwrite=true"))
     _assert_record_is_of_the_checkpoint(output)
     assert {name: (output / name).read_bytes() for name in aside} == aside
+
+
+BEFORE, AFTER = "before the checkpoint is in place", "after it"
+MOMENTS = {
+    "its papers announced": ("distributed_unlearn.files._flush", BEFORE),
+    "in place": ("distributed_unlearn.rounds.pending.write_private", AFTER),
+    "the salt written": ("distributed_unlearn.rounds.pending.write_json", AFTER),
+    "the record written": ("distributed_unlearn.rounds.unlearning.forget_state", AFTER),
+    "the report drawn": ("distributed_unlearn.commands.run.settle", AFTER),
+}
+
+
+def _assert_complete(output: Path) -> None:
+    _assert_record_is_of_the_checkpoint(output)
+    mark = json.loads((output / "checkpoint" / "unlearning.json").read_text())["result"]
+    assert mark == _record(output)["result"]["id"]
+    assert len((output / "record.salt").read_text()) == 33 and (output / "record.salt").stat().st_mode & 0o777 == 0o600
+    left = {path.name for path in output.iterdir() if ".previous" not in path.name} - {"pictures"}
+    assert left == {"checkpoint", "metrics.jsonl", "record.json", "record.salt", "report.html", "tensorboard"}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_ended_around_its_result_is_completed_by_the_same_command(
+    moment, tiny: TinyJob, tmp_path, capsys, monkeypatch
+):
+    """Also where another record was there: the papers of what was replaced are aside, as ever."""
+    output, (patched, when) = tmp_path / "out", MOMENTS[moment]
+    command = tiny.run(output, "solver.max_steps=1", "save.state_every_steps=1")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
+        patch.setattr(patched, _crash)
+        call(capsys, command)
+    assert (output / "checkpoint").exists() == (when == AFTER)
+    before = _hash(output / "checkpoint" / "model.safetensors") if when == AFTER else None
+    with monkeypatch.context() as patch:
+        if when == AFTER:  # the weights are there: no worker is started for them
+            patch.setattr("distributed_unlearn.commands.run.run_session", _crash)
+        out = succeed(capsys, command).out
+    assert ("its record is completed" in out) == (when == AFTER)
+    assert before in (None, _hash(output / "checkpoint" / "model.safetensors"))
+    _assert_complete(output)
+    assert "output" in call(capsys, command).err  # a complete result is not replaced unasked
+
+
+def test_another_job_does_not_take_over_what_was_completed(tiny: TinyJob, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
+        patch.setattr("distributed_unlearn.rounds.pending.write_private", _crash)
+        call(capsys, tiny.run(output, "solver.max_steps=1"))
+    outcome = call(capsys, tiny.run(output, "solver.max_steps=2"))
+    assert outcome.code == 3 and "which exists" in outcome.err
+    _assert_record_is_of_the_checkpoint(output)  # completed, so that a job may go on from it
+    assert (output / PENDING_NAME).stat().st_mode & 0o777 == 0o600
+    again = ("forget={subjects: [person-0001]}", "solver.max_steps=1")
+    succeed(capsys, tiny.run(tmp_path / "next", f"model.path={output / 'checkpoint'}", *again))
+    assert _record(tmp_path / "next")["num_erased_before"] == 3
+
+
+def test_a_training_that_ended_before_its_scores_says_so(tiny: TinyJob, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
+        patch.setattr("distributed_unlearn.rounds.training.evaluate_sets", _crash)
+        call(capsys, tiny.run(tmp_path / "out", TRAIN))
+    assert "was not scored" in succeed(capsys, tiny.run(tmp_path / "out", TRAIN)).out
+    _assert_record_is_of_the_checkpoint(tmp_path / "out")
+
+
+KILLED = """
+import os, signal, sys
+from distributed_unlearn.rounds import unlearning
+unlearning.write_record = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+from distributed_unlearn.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_just_after_the_rename(tiny: TinyJob, tmp_path, capsys):
+    command = tiny.run(tmp_path / "out", "solver.max_steps=1")
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / "checkpoint").exists() and not (tmp_path / "out" / "record.json").exists()
+    succeed(capsys, command)
+    _assert_complete(tmp_path / "out")
 
 
 def test_a_failed_replacement_keeps_the_record(tiny: TinyJob, tmp_path, capsys, monkeypatch):
