@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from distributed_unlearn.records.verdict import RetainVerdict, Verdict
 from distributed_unlearn.rounds.evaluate import Scores
 from distributed_unlearn.rounds.verdict import (
     RecordScores,
@@ -122,9 +123,37 @@ def test_beyond_unseen_is_forgotten_and_said():
     assert not judge_forgetting("forget", _unseen(30, 8), _unseen(40, 7), _known(30)).harder_than_holdout
 
 
-def test_a_set_that_was_never_known_is_judged_by_the_tests_alone():
-    found = judge_forgetting("forget", _unseen(30, 10), _unseen(40, 11), _unseen(30, 10))
-    assert found.outcome == "forgotten" and found.loss.gap_closed is None and found.missed.gap_closed is None
+@pytest.mark.parametrize(("n", "m"), [(3, 6), (30, 40)])
+def test_a_set_that_was_never_known_is_no_success(n, m):
+    """The wrong checkpoint, ids or format, most likely: nobody has shown that anything was forgotten."""
+    for seed in range(20):
+        unseen = _unseen(n, 100 + seed)
+        found = judge_forgetting("forget", unseen, _unseen(m, 200 + seed), unseen)
+        if found.loss.gap_closed is None and found.missed.gap_closed is None:
+            assert found.outcome != "forgotten"
+            verdict = Verdict(found, RetainVerdict("kept", 9, 0.0, 0.0))
+            if found.outcome == "nothing to forget":
+                assert not verdict.is_good and verdict.words == "nothing to forget, retain set kept"
+                assert verdict.sentences[0].startswith("NOTHING TO FORGET WAS FOUND: before the first step")
+                # As an earlier set it is as good as forgotten.
+                known = judge_forgetting("forget", _unseen(n, 7), _unseen(m, 200 + seed), _known(n))
+                again = Verdict(known, RetainVerdict("kept", 9, 0.0, 0.0), (found,))
+                assert again.words.endswith("earlier sets still forgotten")
+                break
+    else:
+        pytest.fail("never said")
+    told = judge_forgetting("forget", _known(n), _unseen(m, 11), _unseen(n, 10))
+    assert told.outcome == "not forgotten"  # learned in the meantime
+
+
+def test_a_set_that_was_known_is_never_nothing_to_forget():
+    """Nor one of which a few records were known, by a mean that does not show it."""
+    few = _unseen(40, 12)
+    few.losses[:12], few.missed[:12] = 0.01, 0.0
+    few.losses[12:] += 2.0  # so that the means agree
+    for start in (_known(40), few):
+        found = judge_forgetting("forget", _unseen(40, 13), _unseen(40, 14), start)
+        assert found.outcome == "forgotten", start
 
 
 def _as_scored(sets: list[RecordScores]) -> tuple[list[np.ndarray], Scores]:

@@ -8,7 +8,7 @@ from distributed_unlearn.cluster.open import open_group
 from distributed_unlearn.commands.console_events import ConsoleEvents, print_line
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.records import RunRecord, SurvivingUpdate
-from distributed_unlearn.records.verdict import SURVIVAL_LEVEL
+from distributed_unlearn.records.verdict import SURVIVAL_LEVEL, UNKNOWN
 from distributed_unlearn.report.tables import comparison_table
 from distributed_unlearn.rounds.events import RunEvents, Unwatched
 from distributed_unlearn.rounds.folder import claimed, output_folder
@@ -86,7 +86,7 @@ def _print_verdict(record: RunRecord, console: Console) -> None:
     style = "bold" if verdict.is_good else "bold red"
     for sentence in verdict.sentences:
         console.print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
-    if last.forget is not None and last.forget.outcome != "forgotten":
+    if last.forget is not None and last.forget.outcome not in UNKNOWN:
         print_line(
             console,
             "  To forget more: raise solver.max_steps, if that is what ended the round (see above), or "

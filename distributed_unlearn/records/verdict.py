@@ -8,8 +8,10 @@ from distributed_unlearn.records.result import SurvivingUpdate
 SURVIVAL_LEVEL = 0.9
 """Share of the update below which the saved dtype counts as having undone part of the unlearning."""
 
-Forgetting = Literal["forgotten", "partly forgotten", "not forgotten"]
+Forgetting = Literal["forgotten", "partly forgotten", "not forgotten", "nothing to forget"]
 """How a set of records stands against records that were never trained on; see `rounds.verdict.judge_forgetting`."""
+UNKNOWN: tuple[Forgetting, ...] = ("forgotten", "nothing to forget")
+"""The model knows the set no better than unseen records; of the second it never did, as far as was measured."""
 Retention = Literal["kept", "damaged"]
 """How the retain set stands against the start of the job; see `rounds.verdict.judge_retention`."""
 
@@ -80,16 +82,16 @@ class Verdict:
     @property
     def is_good(self) -> bool:
         """Forgetting was measured, everything is forgotten, and the retain set is kept."""
-        sets = (self.forget, *self.earlier)
-        forgotten = all(found is not None and found.outcome == "forgotten" for found in sets)
-        return forgotten and self.retain.outcome == "kept"
+        forgotten = self.forget is not None and self.forget.outcome == "forgotten"
+        still = all(found.outcome in UNKNOWN for found in self.earlier)
+        return forgotten and still and self.retain.outcome == "kept"
 
     @property
     def words(self) -> str:
         """The verdict in a few words."""
         found: list[str] = ["forgetting not measured" if self.forget is None else self.forget.outcome]
         found.append(f"retain set {self.retain.outcome}")
-        back = sum(item.outcome != "forgotten" for item in self.earlier)
+        back = sum(item.outcome not in UNKNOWN for item in self.earlier)
         if self.earlier:
             found.append(f"{back} earlier set(s) no longer forgotten" if back else "earlier sets still forgotten")
         return ", ".join(found)
@@ -140,6 +142,12 @@ def _forget_sentence(found: ForgetVerdict | None) -> str:
             text = f"Forgotten: the {records} are no easier than {found.num_holdout_records} unseen ones ({numbers})."
             text += " They are harder than unseen records, which shows that they were erased."
         return text
+    if found.outcome == "nothing to forget":
+        return (
+            f"NOTHING TO FORGET WAS FOUND: before the first step the model already knew the {records} no better than "
+            f"{found.num_holdout_records} unseen ones, and still does ({numbers}). Are the checkpoint, the ids and the "
+            "data's format those of its training?"
+        )
     known = f"; {found.num_known} of them are easier than nearly all unseen ones" if found.num_known else ""
     if found.outcome == "partly forgotten":
         return f"Partly forgotten: the {records} are still easier than unseen ones{known} ({numbers})."
@@ -156,7 +164,7 @@ def _retain_sentence(found: RetainVerdict) -> str:
 
 
 def _earlier_sentence(found: tuple[ForgetVerdict, ...]) -> str:
-    back = [item for item in found if item.outcome != "forgotten"]
+    back = [item for item in found if item.outcome not in UNKNOWN]
     if not back:
         return f"Still forgotten: all {len(found)} earlier set(s)."
     named = ", ".join(

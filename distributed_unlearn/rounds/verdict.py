@@ -87,7 +87,8 @@ def judge_forgetting(
         start: The set at the start of the job, as known as it was; None: taken for fully known, 0 by both measures.
 
     Returns:
-        *forgotten* as the module says; else *partly forgotten* where a quarter of the way from known to unseen is gone
+        *forgotten* as the module says, but *nothing to forget* where the set was so at the start, with no way to go by
+        either measure; else *partly forgotten* where a quarter of the way from known to unseen is gone
         by both measures; else *not forgotten*.
     """
     loss = _evidence(now.losses, holdout.losses, None if start is None else start.losses, LOSS_TOLERANCE_NATS)
@@ -98,11 +99,22 @@ def judge_forgetting(
     told_apart = any(_is_told_apart(part, num_records, num_holdout) for part in (loss, missed))
     if told_apart or min(closed, default=1.0) < FORGOTTEN_GAP_CLOSED:
         outcome = "partly forgotten" if min(closed, default=0.0) >= PARTLY_GAP_CLOSED else "not forgotten"
+    elif start is not None and not closed and not _is_known(start, holdout):
+        outcome = "nothing to forget"
     harder = any(
         share >= RELEVANT_SHARE and p <= SIGNIFICANCE / NUM_TESTS
         for share, p in (_location(holdout.losses, now.losses), _location(holdout.missed, now.missed))
     )
     return ForgetVerdict(set_name, outcome, num_records, num_holdout, harder, loss, missed)
+
+
+def _is_known(start: RecordScores, holdout: RecordScores) -> bool:
+    """Whether any of the tests tells a set from the holdout."""
+    parts = (
+        _evidence(start.losses, holdout.losses, None, LOSS_TOLERANCE_NATS),
+        _evidence(start.missed, holdout.missed, None, MISSED_TOLERANCE),
+    )
+    return any(_is_told_apart(part, len(start.losses), len(holdout.losses)) for part in parts)
 
 
 def judge_retention(now: RecordScores, start: RecordScores) -> RetainVerdict:

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Mapping
+from typing import get_args
 
 from distributed_unlearn.config.service import GatesConfig
 from distributed_unlearn.records import RunRecord, SetScores
+from distributed_unlearn.records.verdict import UNKNOWN, Forgetting
 
 _ENOUGH = {
-    "forgotten": ("forgotten",),
-    "partly forgotten": ("forgotten", "partly forgotten"),
-    "not required": ("forgotten", "partly forgotten", "not forgotten"),
+    "forgotten": UNKNOWN,
+    "partly forgotten": (*UNKNOWN, "partly forgotten"),
+    "not required": get_args(Forgetting),
 }
 
 
@@ -24,7 +26,7 @@ def failed_gates(gates: GatesConfig, record: RunRecord) -> list[str]:
         failed.append("forgetting was not measured: the job has no holdout set")
     elif forget is not None and forget.outcome not in _ENOUGH[gates.forgotten]:
         failed.append(f"the records are {forget.outcome}; {gates.forgotten} is required")
-    back = [item for item in last.verdict.earlier if item.outcome != "forgotten"]
+    back = [item for item in last.verdict.earlier if item.outcome not in UNKNOWN]
     if gates.earlier_forgotten and back:
         failed.append(f"{len(back)} of {len(last.verdict.earlier)} earlier sets are {back[0].outcome}")
     rise, fall = retain_loss_rise(record), _memorised(last.before) - _memorised(last.after)

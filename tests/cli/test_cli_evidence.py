@@ -225,7 +225,7 @@ def test_the_commit_of_a_hub_model_is_recorded_and_opened(tiny: TinyJob, tmp_pat
     monkeypatch.setattr(worker, "open_model", watch)
     succeed(capsys, tiny.run(tmp_path / "out", "model.path=owner/tiny", "solver.max_steps=1"))
     record = _record(tmp_path / "out")
-    assert record["base"] == {"path": "owner/tiny", "revision": COMMIT, "files": None}
+    assert record["base"] == {"path": "owner/tiny", "revision": COMMIT, "files": None, "others": {}}
     assert record["config"]["model"]["revision"] is None
     assert opened == [("owner/tiny", COMMIT)]
 

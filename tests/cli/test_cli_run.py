@@ -38,7 +38,7 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tiny: TinyJob, tmp_path_factory) -> Finished:
     """One run of three steps, all its output kept."""
-    from distributed_unlearn.cli import main
+    from distributed_unlearn.cli import INCOMPLETE, main
 
     folder = tmp_path_factory.mktemp("run") / "out"
     forget = f"forget={{subjects: [{PERSON}], record_ids: [{OTHER}]}}"
@@ -48,7 +48,7 @@ def finished(tiny: TinyJob, tmp_path_factory) -> Finished:
         code = main(tiny.run(folder, forget, "solver.max_steps=3", "objective.name=graddiff"))
         printed.seek(0)
         text = printed.read()
-    assert code == 0, text
+    assert code == INCOMPLETE, text  # this model never knew its records
     return Finished(folder, text)
 
 

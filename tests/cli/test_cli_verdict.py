@@ -56,6 +56,17 @@ def test_a_run_that_forgets_nothing_says_so(name, known: str, tiny: TinyJob, tmp
     assert again.code == 0 and said in again.out
 
 
+def test_a_model_that_never_knew_the_records_is_no_success(tiny: TinyJob, tmp_path, capsys):
+    """Somebody named the checkpoint before fine-tuning, say: it must not look as if its records had been forgotten."""
+    outcome = call(capsys, tiny.run(tmp_path / "out", "solver.max_steps=1"))
+    assert outcome.code == INCOMPLETE and "NOTHING TO FORGET WAS FOUND: before the first step" in outcome.out
+    assert "To forget more" not in outcome.out
+    record = _record(tmp_path / "out")
+    assert record["rounds"][0]["verdict"]["forget"]["outcome"] == "nothing to forget"
+    card = (tmp_path / "out" / "checkpoint" / "README.md").read_text()
+    assert "NOTHING TO FORGET" in card and "Forgotten:" not in card
+
+
 def test_forgotten_and_kept_ends_with_0(known: str, tiny: TinyJob, tmp_path, capsys):
     outcome = call(capsys, tiny.run(tmp_path / "out", known, *FORGETS))
     assert outcome.code == 0, outcome.out
