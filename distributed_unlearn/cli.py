@@ -89,7 +89,8 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     curvature.add_argument("--model", required=True, help="checkpoint folder or hub name")
     curvature.add_argument("--task", choices=get_args(ModelTask), default="causal_lm")
     curvature.add_argument("--adapter", default=None, help="a LoRA adapter's folder, or `lora`: a new one")
-    curvature.add_argument("--num-workers", type=_at_least("--num-workers", 1), default=2)
+    text = "default: 2; 1 in this process"
+    curvature.add_argument("--num-workers", type=_at_least("--num-workers", 1), default=None, help=text)
     curvature.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3)
     curvature.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
     curvature.add_argument("--mode", choices=("recompute", "cached"), default="recompute")
@@ -195,12 +196,13 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _cluster(arguments: argparse.Namespace, address: str | None) -> ClusterConfig:
+    backend = getattr(arguments, "backend", "ray")
     return parse_cluster(
         {
-            "num_workers": arguments.num_workers,
+            "num_workers": arguments.num_workers or (1 if backend == "in_process" else 2),
             "zero_stage": arguments.zero_stage,
             "address": address,
-            "backend": getattr(arguments, "backend", "ray"),
+            "backend": backend,
             "use_gpu": getattr(arguments, "use_gpu", "auto"),
         }
     )

@@ -37,6 +37,7 @@ def write_records(source: Path, folder: Path, num_records: int, with_description
         lines.append(json.dumps(record) + "\n")
     (folder / "records.jsonl").write_text("".join(lines), encoding="utf-8")
     forget = sorted(chosen[:num_records][generator.permutation(num_records)[: num_records // 20]])
+    (folder / "forget_ids.txt").touch(mode=0o600)  # who asked to be forgotten is for nobody else
     (folder / "forget_ids.txt").write_text("".join(f"ag-{index:04d}\n" for index in forget), encoding="utf-8")
 
 

@@ -82,6 +82,7 @@ def main() -> None:
     chosen = {"forget_ids.txt": shuffled[: NUM_TRAINING // 10], "holdout_ids.txt": shuffled[NUM_TRAINING:]}
     for name, indices in chosen.items():
         lines = "".join(f"digit-{index:04d}\n" for index in sorted(indices))
+        (folder / name).touch(mode=0o600)  # who asked to be forgotten is for nobody else
         (folder / name).write_text(lines, encoding="utf-8")
 
 

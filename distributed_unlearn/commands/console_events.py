@@ -33,6 +33,7 @@ class ConsoleEvents:
     def prepared(self, job: JobConfig, data: PreparedData) -> None:
         """Counts of the records, and what a comparison will lack."""
         print_line(self._console, describe_data(data))
+        warn_of_ids_files(self._console, job)
         warn_of_reference(self._console, job, data)
         _warn_of_samples(self._console, job, data)
 
@@ -98,6 +99,20 @@ def say_statistics(console: Console, num_batch_norms: int) -> None:
             f"note: {num_batch_norms} layer(s) of batch normalisation use their running statistics, which stay as they "
             "are in the checkpoint",
         )
+
+
+def warn_of_ids_files(console: Console, job: JobConfig) -> None:
+    """Say where others can read a file that names who asked to be forgotten; not its name, which may tell, too."""
+    erased = job.data.erased
+    named = [("forget" if job.rounds is None else "rounds", item.ids_file) for item in job.forget_rounds]
+    for section, path in (*named, ("data.erased", None if erased is None else erased.ids_file)):
+        if path is not None and Path(expand_home(path)).stat().st_mode & 0o044:
+            console.print(
+                f"warning: the ids file of {section} can be read by other users: chmod 600 it, so that nobody learns "
+                "who asked.",
+                style="yellow",
+                markup=False,
+            )
 
 
 def warn_of_reference(console: Console, job: JobConfig, prepared: PreparedData) -> None:

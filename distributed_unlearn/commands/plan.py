@@ -11,6 +11,7 @@ from distributed_unlearn.commands.console_events import (
     print_line,
     say_statistics,
     warn_of_fallback,
+    warn_of_ids_files,
     warn_of_reference,
 )
 from distributed_unlearn.config import (
@@ -101,6 +102,7 @@ def run_plan(job: JobConfig, console: Console) -> None:
     """
     plan = make_plan(job)
     print_line(console, describe_data(plan.data))
+    warn_of_ids_files(console, job)
     warn_of_reference(console, job, plan.data)
     warn_of_fallback(console, plan.segment_fallback)
     say_statistics(console, plan.num_batch_norms)

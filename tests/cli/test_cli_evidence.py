@@ -233,7 +233,14 @@ def test_the_commit_of_a_hub_model_is_recorded_and_opened(tiny: TinyJob, tmp_pat
 def test_the_file_of_a_request_is_not_named(tiny: TinyJob, tmp_path, capsys):
     request = tmp_path / "jane-doe.txt"
     request.write_text("person-0000-00\n")
-    succeed(capsys, tiny.run(tmp_path / "out", f"forget={{ids_file: {request}}}", "solver.max_steps=1"))
+    request.chmod(0o640)
+    command = tiny.run(tmp_path / "out", f"forget={{ids_file: {request}}}", "solver.max_steps=1")
+    warning = "warning: the ids file of forget can be read by other users: chmod 600"
+    for arguments in (["plan", *command[1:]], command):
+        outcome = succeed(capsys, arguments)
+        assert warning in " ".join(outcome.out.split()) and "jane-doe" not in outcome.out
+    request.chmod(0o600)
+    assert warning not in " ".join(succeed(capsys, ["plan", *command[1:], "overwrite=true"]).out.split())
     assert _record(tmp_path / "out")["config"]["forget"]["ids_file"] == "a file"
     texts = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert [text for text in texts if b"jane-doe" in text] == []

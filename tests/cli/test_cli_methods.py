@@ -200,7 +200,7 @@ def test_trainable_patterns_leave_the_rest_alone(tiny: TinyJob, tmp_path, capsys
 
 
 def test_curvature_check(tiny: TinyJob, capsys, monkeypatch):
-    arguments = ["check", "curvature", "--model", str(tiny.model), "--backend", "in_process", "--num-workers", "1"]
+    arguments = ["check", "curvature", "--model", str(tiny.model), "--backend", "in_process"]
     arguments += ["--dtype", "float64", "--sequence-length", "12", "--batch-size", "2"]
     outcome = succeed(capsys, arguments)
     report = json.loads(outcome.out.strip().splitlines()[-1])
