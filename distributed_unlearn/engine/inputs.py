@@ -64,6 +64,10 @@ class MicroBatchLoss:
         """The objective's parts at the last call, local shares; tensors: reading a number waits for the device."""
         self.log_odds: Tensor | None = None
         """[N]: those of the labels at the last call, where an objective over tokens was computed."""
+        self.notes_records = False
+        """Whether calls note what each record adds."""
+        self.by_record: Tensor | None = None
+        """[num_rows], float64, detached: what each record added at the last call that noted it."""
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [N, V] of the batch's predictions -> scalar."""
@@ -74,7 +78,15 @@ class MicroBatchLoss:
         loss = self._objective(predictions, self._totals)
         self.terms = self._objective.terms(predictions, self._totals)
         self.log_odds = predictions.log_odds.detach() if self._notes_log_odds else None
+        if self.notes_records:
+            self.by_record = self._by_record(predictions)
         return loss
+
+    def _by_record(self, predictions: Predictions) -> Tensor:
+        """In float64 from the logits on: the rounding of sums does not enter differences of two calls."""
+        with torch.no_grad():
+            alone = [predictions.alone(record) for record in range(self._batch.num_rows)]
+            return torch.stack([self._objective(each, self._totals) for each in alone])
 
 
 class NotedLogits:

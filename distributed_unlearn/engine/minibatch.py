@@ -3,8 +3,8 @@
 Every method is collective unless it says otherwise: all ranks must call the same methods in the same order.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -18,64 +18,18 @@ from distributed_unlearn.curvature.store import SegmentStore
 from distributed_unlearn.curvature.trace import LossShare
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.data.sampling import draw, split_roles
-from distributed_unlearn.engine.inputs import MicroBatch, Minibatch, NotedLogits, local_micro_batches, minibatch_totals
+from distributed_unlearn.engine.inputs import MicroBatch, Minibatch, NotedLogits, local_micro_batches
 from distributed_unlearn.engine.memory import free_bytes
+from distributed_unlearn.engine.memory_plan import MemoryPlan, plan_memory
 from distributed_unlearn.engine.model import OpenedModel
+from distributed_unlearn.engine.step_batches import Part, StepBatches, positions_of, share_batches
 from distributed_unlearn.engine.weights import FormerWeights
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.objectives.constants import LastSeen
 from distributed_unlearn.objectives.predictions import MinibatchTotals
 from distributed_unlearn.solvers.protocols import LossAndTerms
+from distributed_unlearn.solvers.sampled import SampledChange, estimate_change
 from distributed_unlearn.workers.messages import RoundSpec
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What the passes of a round keep, decided once, the same on every rank. It changes cost, never a result."""
-
-    cached: bool
-    """Whether products keep their graphs."""
-    keep_forward: bool
-    """Whether a gradient keeps the blocks' graphs from forward to backward."""
-    gradient_group: int
-    """Micro-batches that go through one gradient pass together."""
-    product_group: int
-    """The same for a product."""
-    cached_bytes: int
-    """What cached mode would keep between products; 0 where there are none."""
-
-
-def plan_memory(
-    kept: KeptBytes, budget: float, mode: Literal["auto", "cached", "recompute"], num_gradient: int, num_product: int
-) -> MemoryPlan:
-    """Choose what is kept, from what one micro-batch of the widest records keeps.
-
-    - Products keep their graphs if those of all their micro-batches fit (`auto`) or because they have to (`cached`).
-    - A gradient keeps its blocks' graphs (saving the recomputation, F of 4F) if at most two passes are needed for
-      that: it then gathers weights no more often than with recomputation. Never where the mode is `recompute`.
-    - Else a pass holds the block inputs of as many micro-batches as fit, at least of one.
-
-    Args:
-        kept: bytes of one micro-batch of the widest records, largest rank.
-        budget: bytes for what is kept, smallest rank.
-        mode: as configured.
-        num_gradient: micro-batches of the gradient minibatch on each rank.
-        num_product: those of the curvature minibatch; 0 where there are no products.
-    """
-    together = max(1, int(budget // max(kept.inputs, 1)))
-    cached_bytes = kept.cached(num_product) if num_product > 0 else 0
-    cached = num_product > 0 and (mode == "cached" or (mode == "auto" and cached_bytes <= budget))
-    with_graphs = int(max(budget - kept.weights, 0) // max(kept.forward_graphs, 1))
-    if cached:
-        with_graphs = max(with_graphs, num_product)  # their graphs are a part of what products keep
-    keep_forward = mode != "recompute" and 2 * with_graphs >= num_gradient
-    return MemoryPlan(
-        cached=cached,
-        keep_forward=keep_forward,
-        gradient_group=min(with_graphs if keep_forward else together, num_gradient),
-        product_group=num_product if cached else min(together, num_product),
-        cached_bytes=cached_bytes,
-    )
 
 
 def note_start_logits(opened: OpenedModel, start: SegmentStore, batches: list[MicroBatch]) -> None:
@@ -91,9 +45,12 @@ def note_start_logits(opened: OpenedModel, start: SegmentStore, batches: list[Mi
 class MinibatchObjective:
     """A round's objective at the current weights, on the minibatches of the step that `draw` has begun.
 
-    A step has two minibatches: the gradient's, on which losses are measured too, and its head, the curvature's. All
-    micro-batches of one go through the model together, so that a segment's weights are gathered once a pass; where
-    that would keep more than the memory budget, they go in groups.
+    A step has two minibatches: the gradient's, and its head, the curvature's (see `step_batches`). All micro-batches
+    of one go through the model together, so that a segment's weights are gathered once a pass; where that would keep
+    more than the memory budget, they go in groups. Cached products keep the graphs that the gradient was computed on.
+
+    Losses are measured as changes since the gradient, at the master's precision: a step changes weights by less than
+    bfloat16 resolves, and a trial in the compute dtype would see a few per cent of it and reject every step.
     Vectors are flat shards, [vector_numel] in the master's dtype.
     """
 
@@ -109,16 +66,31 @@ class MinibatchObjective:
         self.last_seen = LastSeen(spec.constants) if follows else None
         """Where targets follow the ranks of log-odds last seen; part of what a round that is taken up again needs."""
         self._constants = spec.constants
-        self._gradient_batches: list[MicroBatch] = []
-        self._forget_batches: list[MicroBatch] = []
-        """The first of them, where they were drawn by role."""
-        self._curvature_minibatch: Minibatch | None = None
-        self._curvature_batches: list[MicroBatch] | None = None
+        self._drawn: StepBatches | None = None
         self._linearisations: list[Linearisation] = []
-        self.has_own_curvature_minibatch = False
-        """Whether the step's curvature minibatch is only a part of its gradient minibatch."""
+        self._records_at_start: Tensor | None = None
+        """What each record of the curvature minibatch added to the loss at the gradient's weights."""
+        self._records_now: Tensor | None = None
+        """What it adds at the weights of the trial, if that was measured already."""
+        self._rest_at_start: float | None = None
+        """What the rest of the gradient minibatch added; None: not known at the master's precision."""
         self.memory: MemoryPlan | None = None
         """What passes keep; decided at the first of them."""
+
+    @property
+    def _batches(self) -> StepBatches:
+        assert self._drawn is not None, "a pass before draw"
+        return self._drawn
+
+    @property
+    def has_own_curvature_minibatch(self) -> bool:
+        """Whether the step's curvature minibatch is only a part of its gradient minibatch."""
+        return len(self._batches.curvature) < len(self._batches.gradient)
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether the compute dtype is the master's."""
+        return self._opened.master_store is self._opened.store
 
     def draw(self, step_index: int, by_role: bool = False) -> None:
         """Draw the step's minibatches; the graphs of the step before are dropped. Not collective.
@@ -126,25 +98,16 @@ class MinibatchObjective:
         With `by_role` no micro-batch of the gradient minibatch mixes forget and retain records.
         """
         self._linearisations = []
-        solver, minibatch = self._spec.solver, self._drawn(step_index)
+        self._records_at_start = self._rest_at_start = None
+        solver, minibatch = self._spec.solver, self._records_of(step_index)
         if self.last_seen is not None:
             self._constants = self.last_seen.constants()
-        if by_role:
-            totals, none = minibatch_totals(self._corpus, minibatch), minibatch.forget[:0]
-            self._forget_batches = self._micro_batches(Minibatch(minibatch.forget, none), totals)
-            self._gradient_batches = [
-                *self._forget_batches,
-                *self._micro_batches(Minibatch(none, minibatch.retain), totals),
-            ]
-        else:
-            self._forget_batches, self._gradient_batches = [], self._micro_batches(minibatch)
-        self._curvature_batches = None
-        self._curvature_minibatch = minibatch
+        curvature = minibatch
         if isinstance(solver, SecondOrderConfig):
-            self._curvature_minibatch = minibatch.head(*self._roles(solver.curvature_batch))
-        self.has_own_curvature_minibatch = len(self._curvature_minibatch) < len(minibatch)
+            curvature = minibatch.head(*self._roles(solver.curvature_batch))
+        self._drawn = share_batches(self._corpus, minibatch, curvature, by_role, self._micro_batches)
 
-    def _drawn(self, step_index: int) -> Minibatch:
+    def _records_of(self, step_index: int) -> Minibatch:
         """The records of the step's gradient minibatch; not collective."""
         spec, solver, objective = self._spec, self._spec.solver, self._objective
         at = solver.draws_at(step_index)
@@ -158,86 +121,162 @@ class MinibatchObjective:
             draw(solver.seed, spec.round_index, at.retain or 0, "retain", spec.retain, num_retain),
         )
 
-    def gradient(self, gradient: Tensor, exact_loss: bool, forget_part: Tensor | None = None) -> LossAndTerms:
-        """Add the gradient to `gradient`; the loss comes with it. All ranks must call this.
+    # -- gradient and products ----------------------------------------------------------------------------
 
-        With `exact_loss` the loss is that of `loss`: what trials are compared with must be as exact as they are. The
-        forget records' part is added to `forget_part` as well, where the minibatch was drawn by role.
-        """
-        memory, local = self._decided(), torch.zeros((), dtype=torch.float64)
-        self._note_start(self._gradient_batches, memory.gradient_group)
+    def gradient(
+        self,
+        gradient: Tensor,
+        for_trials: bool,
+        forget_part: Tensor | None = None,
+        curvature_part: Tensor | None = None,
+    ) -> LossAndTerms:
+        """See `StepObjective.gradient`; the loss is in the compute dtype. All ranks must call this."""
+        memory, batches = self._decided(), self._batches
+        self._note_start(batches.gradient_batches, memory.gradient_group)
+        keeps = memory.cached and memory.product_group > 0
+        apart = curvature_part is not None or (keeps and batches.is_shared)
+        compares = for_trials and (batches.is_shared or curvature_part is not None)
+        for micro in batches.curvature_batches:
+            micro.loss.notes_records = compares and self._is_exact
+        rest = local = self._gradient_of(batches.rest_parts, gradient, forget_part)
+        if apart:  # after the rest, whose graphs are gone by now
+            local = local + self._curvature_gradient(gradient, forget_part, curvature_part, keeps)
+        elif batches.is_shared:
+            local = local + self._gradient_of(batches.curvature_parts, gradient, forget_part)
         if forget_part is not None:
-            for group in _groups(self._forget_batches, memory.gradient_group):
-                local += self._linearise(group, keep_forward=memory.keep_forward).gradient(forget_part).cpu()
             gradient.add_(forget_part)
-        remaining = self._gradient_batches[0 if forget_part is None else len(self._forget_batches) :]
-        for group in _groups(remaining, memory.gradient_group):
-            local += self._linearise(group, keep_forward=memory.keep_forward).gradient(gradient).cpu()
         self._note_log_odds()
-        if exact_loss and self._opened.master_store is not self._opened.store:
-            local = self._local_loss(self._gradient_batches)
-        names = sorted(self._gradient_batches[0].loss.terms)
-        sums = [sum(float(batch.loss.terms[name]) for batch in self._gradient_batches) for name in names]
+        found = self._loss_and_terms(local)
+        if compares:
+            self._records_at_start = self._gathered_records() if self._is_exact else self._record_losses()
+        self._rest_at_start = self._sum(rest) if for_trials and self._is_exact else None
+        return found
+
+    def _gradient_of(self, parts: list[Part], gradient: Tensor, forget_part: Tensor | None) -> Tensor:
+        """Add the gradient of some micro-batches, whose graphs are dropped; this rank's share of their loss."""
+        memory, local = self._decided(), torch.zeros((), dtype=torch.float64)
+        for part in parts:
+            into = forget_part if part.is_forget and forget_part is not None else gradient
+            for group in _groups(part.batches, memory.gradient_group):
+                local += self._linearise(group, keep_forward=memory.keep_forward).gradient(into).cpu()
+        return local
+
+    def _curvature_gradient(
+        self, gradient: Tensor, forget_part: Tensor | None, curvature_part: Tensor | None, keeps: bool
+    ) -> Tensor:
+        """The same of the curvature minibatch, on graphs that products keep, and times its scale for itself."""
+        batches, local = self._batches, torch.zeros((), dtype=torch.float64)
+        if not batches.is_shared:
+            self._note_start(batches.curvature_batches, self._decided().product_group)
+        for part in batches.curvature_parts:
+            own = torch.zeros_like(gradient)
+            group = self._decided().product_group if keeps else self._decided().gradient_group
+            for some in _groups(part.batches, group):
+                linearisation = self._linearise(some, cached=keeps, keep_forward=self._decided().keep_forward)
+                local += linearisation.gradient(own).cpu()
+                if keeps:
+                    self._linearisations.append(linearisation)
+            if curvature_part is not None:
+                curvature_part.add_(own, alpha=batches.scale)
+            if batches.is_shared:
+                (forget_part if part.is_forget and forget_part is not None else gradient).add_(own)
+        return local if batches.is_shared else torch.zeros_like(local)
+
+    def _loss_and_terms(self, local: Tensor) -> LossAndTerms:
+        batches = self._batches.gradient_batches
+        names = sorted(batches[0].loss.terms)
+        sums = [sum(float(micro.loss.terms[name]) for micro in batches) for name in names]
         total = self._opened.communicator.all_reduce_sum(torch.tensor([float(local), *sums], dtype=torch.float64))
         return LossAndTerms(float(total[0]), {name: float(value) for name, value in zip(names, total[1:], strict=True)})
 
     def product(self, vector: Tensor) -> Tensor:
         """`H v` or `G v` on the curvature minibatch, a new vector. All ranks must call this."""
-        self._prepare_products()
+        batches = self._batches
+        if not self._linearisations:
+            memory = self._decided()
+            self._note_start(batches.curvature_batches, memory.product_group)
+            self._linearisations = [
+                self._linearise(group, cached=memory.cached)
+                for group in _groups(batches.curvature_batches, memory.product_group)
+            ]
         result = torch.zeros_like(vector)
         for linearisation in self._linearisations:
             linearisation.product(vector, result)
-        return result
-
-    def product_and_gradient(self, vector: Tensor, gradient: Tensor) -> tuple[Tensor, float]:
-        """The first product of a step, with the curvature minibatch's gradient and loss, which are its by-products.
-
-        Adds the gradient to `gradient`. The loss is at the master's precision. All ranks must call this.
-        """
-        self._prepare_products()
-        result = torch.zeros_like(vector)
-        local = torch.zeros((), dtype=torch.float64)
-        for linearisation in self._linearisations:
-            local += linearisation.product(vector, result, gradient).cpu()
-        if self._opened.master_store is not self._opened.store:
-            return result, self.curvature_loss()
-        return result, self._sum(local)
-
-    def _prepare_products(self) -> None:
-        if not self._linearisations:
-            memory = self._decided()
-            groups = _groups(self._curvature_micro_batches(), memory.product_group)
-            self._note_start(self._curvature_micro_batches(), memory.product_group)
-            self._linearisations = [self._linearise(group, cached=memory.cached) for group in groups]
-
-    def _curvature_micro_batches(self) -> list[MicroBatch]:
-        if self._curvature_batches is None:
-            assert self._curvature_minibatch is not None, "a pass before draw"
-            self._curvature_batches = self._micro_batches(self._curvature_minibatch)
-        return self._curvature_batches
-
-    def loss(self) -> float:
-        """The loss on the gradient minibatch, at the master's precision. All ranks must call this."""
-        return self._sum(self._local_loss(self._gradient_batches))
-
-    def curvature_loss(self) -> float:
-        """The loss on the curvature minibatch, at the master's precision. All ranks must call this."""
-        self._note_start(self._curvature_micro_batches(), self._decided().product_group)
-        return self._sum(self._local_loss(self._curvature_micro_batches()))
-
-    def _sum(self, local: Tensor) -> float:
-        return float(self._opened.communicator.all_reduce_sum(local.reshape(1))[0])
+        return result if batches.scale == 1.0 else result.mul_(batches.scale)
 
     def release(self) -> None:
         """Drop the graphs of the products; the next product makes new ones. Not collective."""
         self._linearisations = []
+
+    # -- changes of the loss ------------------------------------------------------------------------------
+
+    def sampled_change(self) -> SampledChange:
+        """See `StepObjective.sampled_change`. All ranks must call this."""
+        assert self._records_at_start is not None, "no losses to compare with were noted"
+        batches, self._records_now = self._batches, self._record_losses()
+        moved = self._records_now - self._records_at_start
+        count = len(batches.curvature.forget)
+        parts, sizes = (moved[:count].numpy(), moved[count:].numpy()), [size for _, size in batches.by_role()]
+        if batches.is_shared:
+            return estimate_change(parts, sizes)
+        return SampledChange(float(moved.sum()), None)
+
+    def whole_change(self, at_start: Callable[[], AbstractContextManager[None]]) -> float:
+        """See `StepObjective.whole_change`. All ranks must call this."""
+        now = self._rest_loss()
+        if self._rest_at_start is None:
+            with at_start():
+                self._rest_at_start = self._rest_loss()
+        change = now - self._rest_at_start
+        if self._batches.is_shared:
+            records, self._records_now = self._records_now, None
+            assert self._records_at_start is not None, "no losses to compare with were noted"
+            moved = (self._record_losses() if records is None else records) - self._records_at_start
+            change += float(moved.sum())
+        return change
+
+    def _record_losses(self) -> Tensor:
+        """What each record of the curvature minibatch adds now: float64, the same on every rank."""
+        batches = self._batches.curvature_batches
+        for micro in batches:
+            micro.loss.notes_records = True
+        self._note_start(batches, self._decided().product_group)
+        self._local_loss(batches)
+        return self._gathered_records()
+
+    def _gathered_records(self) -> Tensor:
+        """[|C|], forget records first, from what the last calls noted; every entry is known to one rank alone."""
+        curvature, batches = self._batches.curvature, self._batches.curvature_batches
+        within = np.concatenate([curvature.forget, curvature.retain])
+        found = torch.zeros(len(within), dtype=torch.float64)
+        for micro in batches:
+            assert micro.loss.by_record is not None
+            found[positions_of(micro.records, within)] = micro.loss.by_record[: len(micro.records)].cpu()
+            micro.loss.notes_records = False
+        return self._opened.communicator.all_reduce_sum(found.to(self._opened.communicator.device)).cpu()
+
+    def _rest_loss(self) -> float:
+        """What the rest of the gradient minibatch adds now."""
+        return self._sum(self._local_loss(self._batches.rest_batches))
+
+    def _local_loss(self, batches: list[MicroBatch]) -> Tensor:
+        """This rank's share of the loss of some micro-batches, at the master's precision."""
+        memory, local = self._decided(), torch.zeros((), dtype=torch.float64)
+        for group in _groups(batches, memory.gradient_group):
+            local += self._linearise(group, exact=True).loss().cpu()
+        return local
+
+    def _sum(self, local: Tensor) -> float:
+        return float(self._opened.communicator.all_reduce_sum(local.reshape(1))[0])
+
+    # -- parts --------------------------------------------------------------------------------------------
 
     def _roles(self, size: int) -> tuple[int, int]:
         """How many records of a minibatch are forgotten and how many retained."""
         objective = self._objective
         return split_roles(size, objective.forget_needs is not None, objective.retain_needs is not None)
 
-    def _micro_batches(self, minibatch: Minibatch, totals: MinibatchTotals | None = None) -> list[MicroBatch]:
+    def _micro_batches(self, minibatch: Minibatch, totals: MinibatchTotals) -> list[MicroBatch]:
         communicator = self._opened.communicator
         return local_micro_batches(
             self._corpus,
@@ -256,7 +295,7 @@ class MinibatchObjective:
         if self.last_seen is None:
             return
         seen = []
-        for micro in self._gradient_batches:
+        for micro in self._batches.gradient_batches:
             assert micro.loss.log_odds is not None
             seen.append((micro.records, micro.loss.log_odds.double().cpu().numpy()))
         for of_rank in self._opened.communicator.gather_objects(seen):
@@ -287,7 +326,7 @@ class MinibatchObjective:
         if self.memory is None:
             uses_products = isinstance(self._spec.solver, SecondOrderConfig)
             config, communicator = self._spec.curvature, self._opened.communicator
-            num_product = len(self._curvature_micro_batches()) if uses_products else 0
+            num_product = len(self._batches.curvature_batches) if uses_products else 0
             measured = self._measure(config.product if uses_products else None)
             sizes = [measured.weights, measured.graphs, measured.forward_graphs, measured.inputs]
             if config.memory_budget_gib is None:
@@ -296,7 +335,7 @@ class MinibatchObjective:
                 budget = config.memory_budget_gib * 2**30
             largest = communicator.all_reduce_max(torch.tensor([-budget, *sizes], dtype=torch.float64))
             kept = KeptBytes(*(int(size) for size in largest[1:]))
-            num_gradient = len(self._gradient_batches)
+            num_gradient = len(self._batches.gradient_batches)
             self.memory = plan_memory(kept, -float(largest[0]), config.mode, num_gradient, num_product)
         return self.memory
 
@@ -322,17 +361,6 @@ class MinibatchObjective:
         )
         self._note_start([batch], 1)
         return measure_kept(opened.segmented, opened.store, batch.share, product)
-
-    def _local_loss(self, batches: list[MicroBatch]) -> Tensor:
-        """This rank's share of the loss on a minibatch, at the master's precision.
-
-        A step changes weights by less than bfloat16 resolves: a trial in the compute dtype would see a few per cent
-        of it and reject every step.
-        """
-        memory, local = self._decided(), torch.zeros((), dtype=torch.float64)
-        for group in _groups(batches, memory.gradient_group):
-            local += self._linearise(group, exact=True).loss().cpu()
-        return local
 
 
 def _groups(batches: list[MicroBatch], size: int) -> list[list[MicroBatch]]:

@@ -5,7 +5,8 @@ import torch
 from distributed_unlearn.config import RmuConfig
 from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.engine.decay import decay_mask
-from distributed_unlearn.engine.minibatch import MemoryPlan, MinibatchObjective
+from distributed_unlearn.engine.memory_plan import MemoryPlan
+from distributed_unlearn.engine.minibatch import MinibatchObjective
 from distributed_unlearn.engine.model import OpenedModel
 from distributed_unlearn.engine.partial_model import up_to_block
 from distributed_unlearn.solvers.oracle import OracleState, VectorOracle

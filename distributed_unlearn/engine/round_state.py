@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from distributed_unlearn.engine.minibatch import MemoryPlan
+from distributed_unlearn.engine.memory_plan import MemoryPlan
 from distributed_unlearn.engine.oracle import ShardedOracle
 from distributed_unlearn.engine.weights import ShardedWeights
 from distributed_unlearn.provenance import hash_file

@@ -44,12 +44,12 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MinibatchTotals:
-    """Counts over the *global* minibatch: all ranks, all micro-batches."""
+    """Counts over the *global* minibatch: all ranks, all micro-batches; those of a sample, scaled."""
 
-    num_forget_records: int
-    num_retain_records: int
-    num_forget_tokens: int
-    num_retain_tokens: int
+    num_forget_records: float
+    num_retain_records: float
+    num_forget_tokens: float
+    num_retain_tokens: float
 
     def __post_init__(self) -> None:
         counts = (self.num_forget_records, self.num_retain_records, self.num_forget_tokens, self.num_retain_tokens)
@@ -79,6 +79,11 @@ class Constants:
     """Where the label's log-odds are to go."""
     uniform: Tensor | None = None
     """One number in [0, 1) a prediction, by which a random label is chosen; None where no objective reads it."""
+
+    def of(self, chosen: Tensor) -> "Constants":
+        """Those of some predictions: [N], bool."""
+        columns = (self.start_nll, self.start_log_odds, self.target_log_odds, self.uniform)
+        return Constants(*(column if column is None else column[chosen] for column in columns))  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         shapes = {tuple(x.shape) for x in (self.start_nll, self.start_log_odds, self.target_log_odds)}
@@ -162,6 +167,18 @@ class Predictions(LabelledLogits):
         chosen = (self.is_forget == is_forget) & (self.num_tokens > 0)
         start = self.per_record(self.constants.start_nll)
         return RecordSums(self.per_record(self.nll)[chosen], self.num_tokens[chosen], start[chosen])
+
+    def alone(self, record: int) -> "Predictions":
+        """One record's predictions, detached, in float64."""
+        chosen = self.record == record
+        return Predictions(
+            self.logits.detach()[chosen].double(),
+            self.labels[chosen],
+            torch.zeros_like(self.record[chosen]),
+            self.is_forget[record : record + 1],
+            self.constants.of(chosen),
+            None if self.start_logits is None else self.start_logits[chosen].double(),
+        )
 
     def of_role(self, is_forget: bool) -> Tensor:
         """[N], bool: whether the prediction belongs to a forget (or a retain) record."""

@@ -4,7 +4,9 @@ Pure mathematics over protocols: the engine gives it a sharded model, the tests 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypedDict
 
 import torch
@@ -18,6 +20,7 @@ from distributed_unlearn.solvers.protocols import (
     Trial,
     WeightShard,
 )
+from distributed_unlearn.solvers.sampled import SampledChange
 from distributed_unlearn.solvers.space import VectorSpace
 
 
@@ -51,8 +54,9 @@ class VectorOracle:
         self._problem: StepProblem | None = None
         self._inner: InnerShard | None = None
         self._curvature_gradient: torch.Tensor | None = None
-        self._curvature_loss: float | None = None
-        self._tentative = False
+        self._start_loss = math.nan
+        self._trial: Trial | None = None
+        """Of the tentative update."""
         self._backup: torch.Tensor | None = None
 
     # -- between steps ------------------------------------------------------------------------------------
@@ -77,7 +81,12 @@ class VectorOracle:
         self._objective.draw(step_index, by_role)
         self._gradient.zero_()
         forget_part = torch.zeros_like(self._gradient) if by_role else None
-        found = self._objective.gradient(self._gradient, spec.inner.measures_trials, forget_part)
+        if spec.measures_remainder and self._objective.has_own_curvature_minibatch:
+            self._curvature_gradient = torch.zeros_like(self._gradient)
+        found = self._objective.gradient(
+            self._gradient, spec.inner.measures_trials, forget_part, self._curvature_gradient
+        )
+        self._start_loss = found.loss
         norm = metric_norm = self._norm(self._gradient)
         gradient, scale = self._gradient, None
         if spec.metric is not None and math.isfinite(norm) and norm > 0.0:
@@ -110,31 +119,44 @@ class VectorOracle:
     def candidate(self, *values: float) -> Trial:
         """See `StepOracle.candidate`. All ranks must call this."""
         assert self._inner is not None and self._problem is not None and self._spec is not None
-        assert not self._tentative, "a candidate while another one is applied"
+        assert self._trial is None, "a candidate while another one is applied"
         y = self._inner.candidate(*values)
         update = self._problem.to_weights(y)
         update_norm = self._norm(update)
         metric_norm = update_norm if self._problem.scale is None else self._norm(y)
-        self._tentative = True
         measures = self._spec.inner.measures_trials
         if measures:
             self._backup = self._weights.master.clone()
         self._weights.master.add_(update)
         self._weights.refresh()
-        loss = self._objective.loss() if measures else None
-        remainder = None if loss is None or not math.isfinite(loss) else self._remainder(update)
-        return Trial(loss, update_norm, metric_norm, remainder)
+        self._trial = Trial(None, update_norm, metric_norm)
+        if measures:
+            self._trial = self._measured(self._trial, update)
+        return self._trial
+
+    def measure_whole(self) -> Trial:
+        """See `StepOracle.measure_whole`. All ranks must call this."""
+        assert self._trial is not None and self._backup is not None, "no measured update is applied"
+        loss = self._start_loss + self._objective.whole_change(self._at_start)
+        self._trial = replace(self._trial, loss=loss, loss_error=0.0)
+        return self._trial
 
     def undo(self) -> None:
         """See `StepOracle.undo`. All ranks must call this."""
         assert self._backup is not None, "undo without a tentative update whose loss was measured"
         self._weights.set_master(self._backup)
-        self._backup, self._tentative = None, False
+        self._backup = self._trial = None
 
     def accept(self) -> None:
         """Keep the tentative update, and nothing else of the step but what is remembered. All ranks must call this."""
-        assert self._inner is not None and self._tentative, "accept without a tentative update"
+        assert self._inner is not None and self._trial is not None, "accept without a tentative update"
         self._inner.accept()
+        self._trial = None
+        self.abandon()
+
+    def abandon(self) -> None:
+        """See `StepOracle.abandon`. Not collective."""
+        assert self._trial is None, "a tentative update is applied"
         # Graphs and basis vectors can be most of a rank's memory, and scoring comes next.
         self._drop_step()
         self._objective.release()
@@ -142,27 +164,37 @@ class VectorOracle:
     # -- parts --------------------------------------------------------------------------------------------
 
     def _drop_step(self) -> None:
-        self._spec = self._problem = self._inner = self._backup = None
-        self._curvature_gradient = self._curvature_loss = None
-        self._tentative = False
+        self._spec = self._problem = self._inner = self._backup = self._trial = None
+        self._curvature_gradient = None
 
     def _norm(self, x: torch.Tensor) -> float:
         return math.sqrt(self._space.dots([x], x)[0])
 
     def _product(self, y: torch.Tensor) -> torch.Tensor:
-        assert self._problem is not None and self._spec is not None
-        vector = self._problem.to_weights(y)
-        wanted = self._spec.measures_remainder and self._objective.has_own_curvature_minibatch
-        if wanted and self._curvature_gradient is None:
-            self._curvature_gradient = torch.zeros_like(vector)
-            product, self._curvature_loss = self._objective.product_and_gradient(vector, self._curvature_gradient)
-        else:
-            product = self._objective.product(vector)
+        assert self._problem is not None
         # S is symmetric: S H S y from H (S y)
-        return self._problem.to_weights(product)
+        return self._problem.to_weights(self._objective.product(self._problem.to_weights(y)))
 
-    def _remainder(self, update: torch.Tensor) -> float | None:
-        if self._curvature_gradient is None or self._curvature_loss is None:
-            return None
-        slope = self._space.dots([self._curvature_gradient], update)[0]
-        return self._objective.curvature_loss() - self._curvature_loss - slope
+    def _measured(self, trial: Trial, update: torch.Tensor) -> Trial:
+        """The trial with its loss, from the curvature minibatch or the whole, and the remainder."""
+        assert self._spec is not None
+        remainder, error = None, 0.0
+        samples, slopes = self._spec.samples_trials, self._curvature_gradient
+        change = self._objective.sampled_change() if samples or slopes is not None else SampledChange(math.nan, None)
+        if slopes is not None and math.isfinite(change.total):
+            remainder = change.total - self._space.dots([slopes], update)[0]
+        total = change.total
+        if samples and change.error is not None:
+            error = change.error
+        elif change.error != 0.0:
+            total = self._objective.whole_change(self._at_start)
+        return replace(trial, loss=self._start_loss + total, remainder=remainder, loss_error=error)
+
+    @contextmanager
+    def _at_start(self) -> Iterator[None]:
+        """The weights before the tentative update, for a while. All ranks must enter and leave it."""
+        assert self._backup is not None
+        tried = self._weights.master.clone()
+        self._weights.set_master(self._backup)
+        yield
+        self._weights.set_master(tried)

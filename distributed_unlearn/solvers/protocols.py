@@ -7,6 +7,8 @@ An inner solver has two halves in one file of `solvers.inner`: the driver's half
 shard's half holds vectors and obeys. The oracle passes floats between them and knows neither.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +16,7 @@ import torch
 
 from distributed_unlearn.solvers.metric import AdamMetric
 from distributed_unlearn.solvers.problem import StepProblem
+from distributed_unlearn.solvers.sampled import SampledChange
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,19 @@ class Trial:
     """The weights with a tentative update applied."""
 
     loss: float | None
-    """Objective on the same gradient minibatch at `w + Delta`; may be NaN or infinite. None: not measured."""
+    """Objective on the same gradient minibatch at `w + Delta`; may be NaN or infinite. None: not measured.
+
+    It is the step's first loss plus the change, which is measured record by record in float64: as exact as the
+    difference of two losses, each of them rounded to float32, would not be."""
     update_norm: float
     """`||Delta||` of the applied vector, Euclidean."""
     metric_norm: float
     """`sqrt(Delta' P^-1 Delta)`, its length in the step's metric; `||Delta||` without one."""
     remainder: float | None = None
     """`f(w + Delta) - f(w) - g'Delta` with loss and gradient of the *curvature* minibatch; None: not measured."""
+    loss_error: float = 0.0
+    """Where `loss` is an estimate from a part of the minibatch: the true one is below `loss + loss_error` with
+    probability `sampled.CONFIDENCE`; 0.0: the whole minibatch was measured."""
 
 
 class InnerShard(Protocol):
@@ -87,6 +96,9 @@ class StepSpec:
     """None is the Euclidean metric."""
     measures_remainder: bool = False
     """Trials also measure `Trial.remainder`, where the curvature minibatch is not the gradient minibatch."""
+    samples_trials: bool = False
+    """Trials measure the loss on the curvature minibatch alone, where it is a sample of the gradient minibatch, until
+    `measure_whole` is called."""
 
 
 class StepOracle(Protocol):
@@ -108,12 +120,20 @@ class StepOracle(Protocol):
         """Apply `InnerShard.candidate` tentatively and evaluate the objective."""
         ...
 
+    def measure_whole(self) -> Trial:
+        """The candidate's trial once more, its loss measured on the whole gradient minibatch."""
+        ...
+
     def undo(self) -> None:
         """Restore the weights before the tentative update, bit for bit."""
         ...
 
     def accept(self) -> None:
-        """Keep the tentative update."""
+        """Keep the tentative update; the step is over."""
+        ...
+
+    def abandon(self) -> None:
+        """The step is over and the weights are as before it: let go of its graphs and vectors."""
         ...
 
 
@@ -129,8 +149,8 @@ class LossAndTerms:
 class StepObjective(Protocol):
     """An objective at the current weights on a step's two minibatches; this rank's part of its vectors.
 
-    Losses are measured on the gradient minibatch, products on the curvature minibatch, which is its head. All ranks
-    must call every method but `draw` and `release`.
+    Products are those of the curvature minibatch, which is a random sample of the gradient minibatch; its loss is the
+    sample's estimate of the gradient minibatch's. All ranks must call every method but `draw` and `release`.
     """
 
     @property
@@ -143,11 +163,16 @@ class StepObjective(Protocol):
         ...
 
     def gradient(
-        self, gradient: torch.Tensor, exact_loss: bool, forget_part: torch.Tensor | None = None
+        self,
+        gradient: torch.Tensor,
+        for_trials: bool,
+        forget_part: torch.Tensor | None = None,
+        curvature_part: torch.Tensor | None = None,
     ) -> LossAndTerms:
-        """Add the gradient to `gradient` and the forget records' part of it to `forget_part`.
+        """Add the gradient to `gradient`, the forget records' part of it to `forget_part`.
 
-        With `exact_loss` the loss is as exact as that of `loss`.
+        The gradient of the curvature minibatch's own loss is added to `curvature_part`. With `for_trials` what losses
+        will be compared with is noted.
         """
         ...
 
@@ -155,16 +180,15 @@ class StepObjective(Protocol):
         """`H v` (or `G v`), a new vector."""
         ...
 
-    def product_and_gradient(self, vector: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """The step's first product; also adds the curvature minibatch's gradient and returns its exact loss."""
+    def sampled_change(self) -> SampledChange:
+        """The change of the curvature minibatch's loss since the gradient, exact, as an estimate of `whole_change`."""
         ...
 
-    def loss(self) -> float:
-        """The exact loss on the gradient minibatch."""
-        ...
+    def whole_change(self, at_start: Callable[[], AbstractContextManager[None]]) -> float:
+        """The change of the gradient minibatch's loss since the gradient; after `sampled_change` at the same weights.
 
-    def curvature_loss(self) -> float:
-        """The exact loss on the curvature minibatch."""
+        Within `at_start()` the weights are those of the gradient.
+        """
         ...
 
     def release(self) -> None:

@@ -181,6 +181,16 @@ class RemoteOracle:
         assert isinstance(trial, Trial)
         return trial
 
+    def measure_whole(self) -> Trial:
+        """See `StepOracle.measure_whole`."""
+        trial = self._call("measure_whole")
+        assert isinstance(trial, Trial)
+        return trial
+
+    def abandon(self) -> None:
+        """See `StepOracle.abandon`."""
+        self._call("abandon")
+
     def undo(self) -> None:
         """See `StepOracle.undo`."""
         self._call("undo")

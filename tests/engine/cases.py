@@ -23,7 +23,7 @@ from distributed_unlearn.engine.inputs import Minibatch, minibatch_totals
 from distributed_unlearn.engine.oracle import RoundSpec
 from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.objectives.constants import RoundConstants, uniform_numbers
-from distributed_unlearn.objectives.predictions import Constants, Predictions
+from distributed_unlearn.objectives.predictions import Constants, MinibatchTotals, Predictions
 from distributed_unlearn.solvers.inner.krylov import KrylovEntry, KrylovSpec
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.protocols import StepSpec
@@ -162,6 +162,8 @@ class Truth:
     diagonals: list[float]
     off_diagonals: list[float]
     record: Any
+    coefficient: float
+    """M after the step."""
     update: torch.Tensor
     entries: FreeEntries
     """Flattens dictionaries of full parameters into the free entries."""
@@ -177,13 +179,26 @@ def load_float64(path: str) -> torch.nn.Module:
     return model.double().eval()
 
 
+def totals_of(corpus: EncodedCorpus, problem: Problem, part: Minibatch, step: int = 0) -> MinibatchTotals:
+    """The gradient minibatch's counts, in each role times the part's share of the records."""
+    whole = minibatch_of(problem, problem.gradient_batch, step)
+    counts = minibatch_totals(corpus, whole)
+    forget, retain = len(part.forget) / max(len(whole.forget), 1), len(part.retain) / max(len(whole.retain), 1)
+    return MinibatchTotals(
+        counts.num_forget_records * forget,
+        counts.num_retain_records * retain,
+        counts.num_forget_tokens * forget,
+        counts.num_retain_tokens * retain,
+    )
+
+
 def loss_on(
     corpus: EncodedCorpus, problem: Problem, minibatch: Minibatch, start: torch.nn.Module, retain_weight: float = 1.0
 ) -> Callable[[torch.nn.Module], torch.Tensor]:
     """The objective on a minibatch, all of it at once, as a function of the module; the round began with `start`."""
     weighted = objective_of(problem).model_copy(update={"retain_weight": retain_weight})
     objective = build_objective(weighted, HOLDOUT_LOSS)
-    totals = minibatch_totals(corpus, minibatch)
+    totals = totals_of(corpus, problem, minibatch)
     chosen = np.concatenate([minibatch.forget, minibatch.retain])
     tokens = collate(corpus, chosen)
     is_forget = torch.arange(len(chosen)) < len(minibatch.forget)
@@ -233,7 +248,8 @@ def compute_truth(folder: Path, corpus: EncodedCorpus, problem: Problem, vector:
         oracle.begin_step(0, KRYLOV)
         columns = [KrylovEntry(*oracle.advance()) for _ in range(KRYLOV_STEPS)]
         oracle = make_oracle()
-        record = SCureNewton(oracle, SETTINGS).step(0)
+        solver = SCureNewton(oracle, SETTINGS)
+        record = solver.step(0)
     return Truth(
         loss=float(first.loss),
         gradient=entries.flatten(first.gradient),
@@ -241,6 +257,7 @@ def compute_truth(folder: Path, corpus: EncodedCorpus, problem: Problem, vector:
         diagonals=[column.diagonal for column in columns],
         off_diagonals=[column.off_diagonal for column in columns],
         record=record,
+        coefficient=solver.cubic_coefficient,
         update=oracle.weights - entries.point,
         entries=entries,
     )

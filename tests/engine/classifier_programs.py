@@ -78,7 +78,7 @@ def _derivatives(worker: Worker, name: str, mode: str, micro_batch_size: int) ->
     objective.draw(0)
     vector = opened.space.random_normal(opened.weights.master, VECTOR_SEED)
     gradient = opened.weights.master.new_zeros(vector.shape)
-    loss = objective.gradient(gradient, exact_loss=False).loss
+    loss = objective.gradient(gradient, for_trials=False).loss
     product = objective.product(vector)
     return {"layout": opened.layout, "loss": loss, "vector": vector, "gradient": gradient, "hvp": product}
 

@@ -1,5 +1,6 @@
 """Which cases, checks and trainings are run on how many ranks."""
 
+import dataclasses
 from pathlib import Path
 
 from distributed_unlearn.data.encoding import EncodedCorpus
@@ -11,7 +12,14 @@ LLAMA, GEMMA, LORA = Problem(), Problem("gemma"), Problem("lora")
 TOKEN = Problem(objective="token_matched")
 ALTERNATIVES = Problem(objective="token_matched", options=(("retain", "kl"), ("alternatives_weight", 0.7)))
 UNEVEN = Problem(gradient_batch=3, curvature_batch=2)  # on 4 ranks, two ranks have no record at all
+SHARED = Problem(gradient_batch=12, curvature_batch=4)  # a third of either role: one graph for gradient and products
+SHARED_TOKEN = dataclasses.replace(SHARED, objective="token_matched")
 CASES = (
+    Case(SHARED, 1, 0, 8, "cached"),
+    Case(SHARED, 1, 3, 3, "recompute"),
+    Case(SHARED, 2, 3, 3, "cached"),
+    Case(SHARED_TOKEN, 2, 0, 8, "cached"),
+    Case(SHARED_TOKEN, 4, 3, 1, "cached"),
     Case(LLAMA, 1, 0, 8, "recompute"),
     Case(LLAMA, 1, 0, 1, "cached"),
     Case(LLAMA, 1, 3, 3, "cached"),

@@ -41,6 +41,7 @@ from tests.engine.cases import (
     Problem,
     minibatch_of,
     round_spec,
+    totals_of,
 )
 from tests.engine.checkpoints import NUM_RECORDS
 from tests.engine.ranks import Place, join_worker
@@ -117,7 +118,8 @@ def measure(worker: Worker, plan: Plan, case: Case, with_step: bool) -> dict[str
     found["columns"] = [KrylovEntry(*oracle.advance()) for _ in range(KRYLOV_STEPS)]
     if with_step:
         before = opened.weights.master.clone()
-        found["record"] = SCureNewton(oracle, SETTINGS).step(0)
+        solver = SCureNewton(oracle, SETTINGS)
+        found["record"], found["coefficient"] = solver.step(0), solver.cubic_coefficient
         found["update"] = opened.weights.master - before
         found["round_update_norm"] = worker.round_update_norm()
         found["mode"] = worker.curvature_mode()
@@ -129,16 +131,17 @@ def sweep(
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Loss, gradient and product on the first `size` records, all micro-batches in one pass."""
     opened, communicator = worker.opened, worker.communicator
-    spec = round_spec(case.problem)
+    spec, minibatch = round_spec(case.problem), minibatch_of(case.problem, size)
     batches = local_micro_batches(
         plan.corpus,
-        minibatch_of(case.problem, size),
+        minibatch,
         build_objective(spec.objective, HOLDOUT_LOSS),
         spec.constants,
         communicator.rank,
         communicator.world_size,
         case.micro_batch_size,
         communicator.device,
+        totals_of(plan.corpus, case.problem, minibatch),
     )
     note_start_logits(opened, opened.store, batches)
     gradient, product = torch.zeros_like(vector), torch.zeros_like(vector)

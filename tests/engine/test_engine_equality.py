@@ -8,7 +8,7 @@ import torch
 
 from distributed_unlearn.data.sampling import cut
 from tests.engine.cases import Problem, minibatch_of
-from tests.engine.compare import assert_derivatives, assert_step, case_results, gathered
+from tests.engine.compare import STEP, assert_derivatives, assert_step, case_results, close, gathered
 from tests.engine.plans import CASES, LLAMA, UNEVEN
 
 pytestmark = pytest.mark.slow
@@ -31,6 +31,14 @@ def test_one_whole_step(case, results, truths):
     assert truth.record.accepted and truth.record.update_norm > 1e-3
     assert_step(ranks, truth)
     assert all(rank["mode"].cached == (case.mode == "cached") for rank in ranks)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_next_coefficient_is_no_rounding(case, results, truths):
+    """M comes from a difference of losses of third order; float64 from the logits on leaves their rounding alone."""
+    ranks = case_results(results, case)
+    assert len({rank["coefficient"] for rank in ranks}) == 1
+    close(ranks[0]["coefficient"], truth_of(case, ranks, truths).coefficient, STEP, "M after the step")
 
 
 def test_the_cases_leave_ranks_without_records_and_shards_with_padding(results):

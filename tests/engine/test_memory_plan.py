@@ -3,7 +3,7 @@
 import pytest
 
 from distributed_unlearn.curvature.cached_size import KeptBytes
-from distributed_unlearn.engine.minibatch import plan_memory
+from distributed_unlearn.engine.memory_plan import plan_memory
 
 KEPT = KeptBytes(weights=100, graphs=50, forward_graphs=20, inputs=4)
 

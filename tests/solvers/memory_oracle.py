@@ -1,11 +1,13 @@
 """A StepOracle on one flat float64 vector, with the objective a plain function: no processes, everything counted."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from distributed_unlearn.solvers.oracle import VectorOracle
 from distributed_unlearn.solvers.protocols import LossAndTerms, StepSpec, StepStart, Trial
+from distributed_unlearn.solvers.sampled import SampledChange
 
 Objective = Callable[[torch.Tensor, int], torch.Tensor]
 """`(weights, step_index) -> scalar`; the step index selects the minibatch."""
@@ -60,6 +62,9 @@ class PlainObjective:
         self.num_products = 0
         self.forget: Objective | None = None
         """The forget records' part of the objective, where a test asks for it."""
+        self.sample_error: float | None = None
+        """Of the curvature minibatch as a sample of the gradient's; None: it is none."""
+        self.num_whole = self.num_released = 0
 
     def draw(self, step_index: int, by_role: bool) -> None:
         self.step_index = step_index
@@ -70,10 +75,17 @@ class PlainObjective:
         return float(loss.detach()), torch.autograd.grad(loss, point)[0]
 
     def gradient(
-        self, gradient: torch.Tensor, exact_loss: bool, forget_part: torch.Tensor | None = None
+        self,
+        gradient: torch.Tensor,
+        for_trials: bool,
+        forget_part: torch.Tensor | None = None,
+        curvature_part: torch.Tensor | None = None,
     ) -> LossAndTerms:
         value, found = self._value_and_gradient(self.objective)
         gradient.add_(found)
+        self.start, self.curvature_start = value, self._value(self.curvature)
+        if curvature_part is not None:
+            curvature_part.add_(self._value_and_gradient(self.curvature)[1])
         if forget_part is not None:
             assert self.forget is not None
             forget_part.add_(self._value_and_gradient(self.forget)[1])
@@ -87,23 +99,20 @@ class PlainObjective:
             return torch.zeros_like(vector)
         return torch.autograd.grad(gradient, point, vector)[0]
 
-    def product_and_gradient(self, vector: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, float]:
-        value, found = self._value_and_gradient(self.curvature)
-        gradient.add_(found)
-        return self.product(vector), value
-
     def _value(self, objective: Objective) -> float:
         with torch.no_grad():
             return float(objective(self.weights.master, self.step_index))
 
-    def loss(self) -> float:
-        return self._value(self.objective)
+    def sampled_change(self) -> SampledChange:
+        error = self.sample_error if self.has_own_curvature_minibatch else 0.0
+        return SampledChange(self._value(self.curvature) - self.curvature_start, error)
 
-    def curvature_loss(self) -> float:
-        return self._value(self.curvature)
+    def whole_change(self, at_start: Callable[[], AbstractContextManager[None]]) -> float:
+        self.num_whole += 1
+        return self._value(self.objective) - self.start
 
     def release(self) -> None:
-        pass
+        self.num_released += 1
 
 
 class MemoryOracle(VectorOracle):
@@ -124,7 +133,7 @@ class MemoryOracle(VectorOracle):
         return self.plain.num_products
 
     def begin_step(self, step_index: int, spec: StepSpec) -> StepStart:
-        assert not self._tentative
+        assert self._trial is None
         return super().begin_step(step_index, spec)
 
     def candidate(self, *values: float) -> Trial:

@@ -60,15 +60,18 @@ class NewtonStep:
         progress = Progress(step_index, self._oracle.begin_step(step_index, self._spec), started)
         blocked = progress.blocked()
         if blocked is not None:
+            self._oracle.abandon()
             return progress.record(blocked, None)
         self._inner.begin(progress.start)
         proposal = progress.proposal = self._inner.propose()
         if proposal.result is Result.nonfinite:
+            self._oracle.abandon()
             return progress.record(Result.nonfinite, None, self._inner.num_products)
         trial = self._inner.attempt()
         assert trial.loss is not None
         if not (math.isfinite(trial.loss) and math.isfinite(trial.update_norm)):
             self._oracle.undo()
+            self._oracle.abandon()
             progress.num_rejections = 1
             return progress.record(Result.nonfinite, None, self._inner.num_products)
         progress.actual = progress.start.loss - trial.loss
