@@ -193,12 +193,13 @@ def totals_of(corpus: EncodedCorpus, problem: Problem, part: Minibatch, step: in
 
 
 def loss_on(
-    corpus: EncodedCorpus, problem: Problem, minibatch: Minibatch, start: torch.nn.Module, retain_weight: float = 1.0
+    corpus: EncodedCorpus, problem: Problem, size: int, step: int, start: torch.nn.Module, retain_weight: float = 1.0
 ) -> Callable[[torch.nn.Module], torch.Tensor]:
-    """The objective on a minibatch, all of it at once, as a function of the module; the round began with `start`."""
+    """The objective on a step's first `size` records, all at once, of a module; the round began with `start`."""
+    minibatch = minibatch_of(problem, size, step)
     weighted = objective_of(problem).model_copy(update={"retain_weight": retain_weight})
     objective = build_objective(weighted, HOLDOUT_LOSS)
-    totals = totals_of(corpus, problem, minibatch)
+    totals = totals_of(corpus, problem, minibatch, step)
     chosen = np.concatenate([minibatch.forget, minibatch.retain])
     tokens = collate(corpus, chosen)
     is_forget = torch.arange(len(chosen)) < len(minibatch.forget)
@@ -231,8 +232,7 @@ def compute_truth(folder: Path, corpus: EncodedCorpus, problem: Problem, vector:
     """`vector` is the direction of `hvp`, by parameter name."""
     model = load_float64(str(folder / problem.checkpoint))
     on_gradient, on_curvature = (
-        loss_on(corpus, problem, minibatch_of(problem, size), model)
-        for size in (problem.gradient_batch, problem.curvature_batch)
+        loss_on(corpus, problem, size, 0, model) for size in (problem.gradient_batch, problem.curvature_batch)
     )
     direction = {name: value.double() for name, value in vector.items()}
     with LiftFloat32Casts():

@@ -9,7 +9,7 @@ from distributed_unlearn.curvature.reference import frozen_rows
 from distributed_unlearn.solvers.methods.curenewton import CureNewton
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton
 from tests.dense import FreeEntries
-from tests.engine.cases import Problem, assemble, load_float64, loss_on, minibatch_of
+from tests.engine.cases import Problem, assemble, load_float64, loss_on
 from tests.engine.compare import STEP, close, close_vectors
 from tests.engine.solver_programs import EXPLICIT, NORMS, REMEMBERING
 from tests.solvers.memory_oracle import MemoryOracle
@@ -31,7 +31,7 @@ class Bound:
 
     def on(self, size, retain_weight=1.0):
         def objective(w, step):
-            loss = loss_on(self.corpus, PROBLEM, minibatch_of(PROBLEM, size, step), self.start, retain_weight)
+            loss = loss_on(self.corpus, PROBLEM, size, step, self.start, retain_weight)
             with LiftFloat32Casts():
                 return self.entries.bind(loss)(w)
 

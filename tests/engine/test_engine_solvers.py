@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from distributed_unlearn.curvature.precision import LiftFloat32Casts
 from distributed_unlearn.curvature.reference import frozen_rows
-from tests.engine.cases import DECAY, RATES, Problem, assemble, load_float64, loss_on, minibatch_of
+from tests.engine.cases import DECAY, RATES, Problem, assemble, load_float64, loss_on
 from tests.engine.compare import SUMS
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def plain(checkpoints, corpus):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with LiftFloat32Casts():
-                loss = loss_on(corpus, problem, minibatch_of(problem, problem.gradient_batch, step), first)(model)
+                loss = loss_on(corpus, problem, problem.gradient_batch, step, first)(model)
                 optimizer.zero_grad()
                 loss.backward()
             for name, row in rows.items():
@@ -99,7 +99,7 @@ def test_a_bfloat16_run_sees_steps_that_bfloat16_cannot_hold(world_size, stage, 
             assert 1e-6 < a_weight < 3e-4, "the steps are no longer small"
             assert record.accepted and record.num_rejections == 0
             assert 1.3 < record.acceptance_ratio < 1.7
-            assert abs(record.loss - expected.loss) < 1e-4 * expected.loss
+            assert abs(record.loss - expected.loss) < 2e-3 * expected.loss  # bfloat16's own resolution
 
 
 @everywhere
