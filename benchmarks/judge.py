@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from distributed_unlearn.config import ModelConfig
+from distributed_unlearn.config import ModelConfig, ObjectiveConfig
 from distributed_unlearn.curvature.linearisation import Linearisation
 from distributed_unlearn.curvature.trace import LossShare
-from distributed_unlearn.data.encoding import EncodedCorpus
+from distributed_unlearn.data.batches import Corpus
 from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.engine.communicator import RankSpec
 from distributed_unlearn.engine.inputs import NotedLogits
@@ -52,15 +52,21 @@ class OneWorker:
 class Problem:
     """Checkpoints and records of one seed."""
 
+    name: str
+    model: ModelConfig
+    """That was trained on everything but the holdout."""
     data: PreparedData
-    original: str
+    objective: ObjectiveConfig
+    """Of the contestants that minimise the same."""
     retrained: str
     retrained_again: str | None
     """Retrained with another seed, for the noise floor; None: not trained."""
     seed: int
-    gradient_batch: int
-    curvature_batch: int
     micro_batch_size: int
+
+    def at(self, path: str) -> ModelConfig:
+        """Another checkpoint of the same model."""
+        return self.model.model_copy(update={"path": path})
 
     def sets(self, most: int | None) -> dict[str, np.ndarray]:
         """The three sets; of larger ones the first `most` records, in the order of their numbers."""
@@ -69,7 +75,7 @@ class Problem:
         return {name: np.sort(indices)[:most] for name, indices in found.items()}
 
 
-def distributions(opened: OpenedModel, corpus: EncodedCorpus, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def distributions(opened: OpenedModel, corpus: Corpus, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-softmax [N, V] on all predictions of some records, and their labels [N]."""
     rows, labels = [], []
     for start in range(0, len(indices), 32):
@@ -93,7 +99,7 @@ class Judge:
 
     def __init__(self, problem: Problem, most: int | None) -> None:
         self._problem, self._sets = problem, problem.sets(most)
-        retrained, corpus = load(problem.retrained), problem.data.corpus
+        retrained, corpus = load(problem.at(problem.retrained)), problem.data.corpus
         self._reference = {name: distributions(retrained, corpus, i)[0] for name, i in self._sets.items()}
 
     def look(self, opened: OpenedModel) -> tuple[float, dict[str, float], dict[str, float], float]:
@@ -117,8 +123,8 @@ class Judge:
         return tug_of_war(scores, theirs), js, memorised, scores["retain"].loss_nats_per_token
 
 
-def load(path: str) -> OpenedModel:
+def load(model: ModelConfig) -> OpenedModel:
     """A checkpoint, float32, in this process."""
     group = OneWorker()
-    group.worker.open_model(ModelConfig(path=path), "float32", 0)
+    group.worker.open_model(model, "float32", 0)
     return group.worker.opened
