@@ -42,6 +42,7 @@ from distributed_unlearn.engine.estimate import (
     elements_per_gradient,
     elements_per_loss,
     elements_per_product,
+    elements_per_refresh,
     estimate_memory,
     estimate_training_memory,
     measure_model,
@@ -271,19 +272,37 @@ def _round_rows(size: ModelSize, job: JobConfig, solver: SteppingConfig, prepare
     by_role = (
         isinstance(solver, SCureNewtonConfig) and solver.inner == "subspace" and solver.subspace_gradient != "whole"
     )
-    # A step with trials, whose loss is measured on the curvature minibatch too where that is another one.
-    losses = 1 + _remainder_vectors(solver) if isinstance(solver, SecondOrderConfig) else 0
-    losses += _num_teacher_passes(job.objective, solver)
+    # Of the curvature minibatch, where that is another one, gradient and loss are passes of their own.
+    apart = 1 + _remainder_vectors(solver)
+    trial = _trial_bytes(size, job, solver, apart)
     if isinstance(solver, RmuConfig):  # later layers take no part in a step
         count = solver.layer_of(size.num_blocks) + 2
         size = replace(size, layout=FlatLayout(size.layout.segments[:count], size.layout.world_size))
-    step = (1 + by_role) * elements_per_gradient(size, stage, False) + losses * elements_per_loss(size, stage)
+    step = (1 + by_role) * apart * elements_per_gradient(size, stage, False)
+    step += _num_teacher_passes(job.objective, solver) * elements_per_loss(size, stage)
     product = elements_per_product(size, stage, False)
-    total = (solver.max_steps * step + products * product) * getattr(torch, job.model.dtype).itemsize
+    item = getattr(torch, job.model.dtype).itemsize
+    total = (solver.max_steps * step + products * product) * item
+    total += solver.max_steps * trial
     rounds = max(len(prepared.partition.forget_rounds), 1)
     return [
         ("rounds", f"{rounds}", f"at most {solver.max_steps} steps each"),
         ("products a round", f"at most {products}", f"{curvature_batch} records each"),
         ("communication a product", f"{product / max(size.num_trainable, 1):.2f} d", "elements a rank receives"),
-        ("communication a round", f"{total / 2**30:.3f} GiB", "a rank; gradients, products and trials, recompute mode"),
+        ("communication a round", f"{total / 2**30:.3f} GiB", "a rank, recompute mode; a trial a step, on all records"),
     ]
+
+
+def _trial_bytes(size: ModelSize, job: JobConfig, solver: SteppingConfig, passes: int) -> int:
+    """What a rank receives for one trial on the whole minibatch; a trial that its sample decides takes less.
+
+    In bfloat16 its losses are at the master's precision, before the update as well as after it.
+    """
+    stage, dtype = job.cluster.zero_stage, getattr(torch, job.model.dtype)
+    refresh = elements_per_refresh(size, stage) * dtype.itemsize
+    if not isinstance(solver, SecondOrderConfig):
+        return refresh
+    if dtype == torch.float32:
+        return refresh + passes * elements_per_loss(size, stage) * 4
+    # The rest is measured before the update only when it is needed: back to those weights, and to the trial's.
+    return 3 * refresh + 2 * passes * elements_per_loss(size, stage, exact=True) * 4

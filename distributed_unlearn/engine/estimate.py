@@ -192,9 +192,20 @@ def elements_per_gradient(size: ModelSize, zero_stage: int, keep_forward: bool) 
     return _elements(size, zero_stage, weight_gathers=1 if keep_forward else 2, root_weights=True, products=False)
 
 
-def elements_per_loss(size: ModelSize, zero_stage: int) -> int:
-    """Elements that collectives deliver to a rank for one loss alone, all micro-batches; weights are gathered once."""
-    return size.layout.world_size * (size.layout.vector_numel + size.layout.frozen_numel) if zero_stage == 3 else 0
+def elements_per_loss(size: ModelSize, zero_stage: int, exact: bool = False) -> int:
+    """Elements that collectives deliver to a rank for one loss alone, all micro-batches; weights are gathered once.
+
+    With `exact` at the precision of a master that is another one than the weights': trainable weights then come from
+    the master's partitions at every stage.
+    """
+    frozen = size.layout.frozen_numel if zero_stage == 3 else 0
+    trainable = size.layout.vector_numel if zero_stage == 3 or exact else 0
+    return size.layout.world_size * (trainable + frozen)
+
+
+def elements_per_refresh(size: ModelSize, zero_stage: int) -> int:
+    """Elements that collectives deliver to a rank when an update is applied or undone: to replicated weights alone."""
+    return 0 if zero_stage == 3 else size.layout.world_size * size.layout.vector_numel
 
 
 def _elements(size: ModelSize, zero_stage: int, weight_gathers: int, root_weights: bool, products: bool) -> int:

@@ -167,6 +167,10 @@ def elements(worker: Worker, plan: Plan, stage: int) -> dict[str, int]:
         for size in (99, 1):
             counts = _elements_of_calls(worker, plan, size)
             found.update({f"{share} {name} micro {size}": count for name, count in counts.items()})
+        worker.open_model(config, "bfloat16", stage)
+        for size in (99, 1):
+            counts = _elements_of_calls(worker, plan, size)
+            found.update({f"{share} {name} micro {size}": counts[name] for name in ("exact loss", "refresh")})
     return found
 
 
@@ -196,6 +200,8 @@ def _elements_of_calls(worker: Worker, plan: Plan, micro_batch_size: int) -> dic
         "gradient keep_forward": moved(linearise(keep_forward=True).gradient, vector),
         "product recompute": moved(linearise().product, vector, vector.clone()),
         "loss": moved(linearise().loss),
+        "exact loss": moved(Linearisation(opened.segmented, opened.master_store, shares).loss),
+        "refresh": moved(opened.weights.refresh),
     }
 
 

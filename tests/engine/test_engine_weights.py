@@ -13,6 +13,7 @@ from distributed_unlearn.engine.estimate import (
     elements_per_gradient,
     elements_per_loss,
     elements_per_product,
+    elements_per_refresh,
     measure_model,
 )
 from tests.answer_losses import correct_tokens, token_nll
@@ -166,6 +167,8 @@ def test_the_plan_counts_what_a_run_moves(world_size, stage, share, results, che
         "gradient keep_forward": elements_per_gradient(size, stage, keep_forward=True),
         "product recompute": elements_per_product(size, stage, cached=False),
         "loss": elements_per_loss(size, stage),
+        "exact loss": elements_per_loss(size, stage, exact=True),  # of a model in bfloat16
+        "refresh": elements_per_refresh(size, stage),
     }
     for rank in results.of(world_size, f"elements {stage}"):
         for micro_batch_size in (99, 1):  # weights are gathered once a pass, however many micro-batches it has
