@@ -162,7 +162,7 @@ def test_the_difference_of_the_minibatches_stays_out_of_m(shift: float, sign: fl
 
         return loss
 
-    for first, expected in ((8.0, size), (500.0, size), (1e-2, 64e-2)):
+    for first, expected in ((8.0, 2 * size), (500.0, 2 * size), (1e-2, 64e-2)):
         oracle = MemoryOracle(objective(10.0), torch.zeros(3, dtype=torch.float64), objective(10.0 + shift))
         solver = newton(oracle, cubic_coefficient=first, krylov_tolerance=0.0)
         record = solver.step(0)
@@ -172,7 +172,7 @@ def test_the_difference_of_the_minibatches_stays_out_of_m(shift: float, sign: fl
     second.load_state_dict({"cubic_coefficient": 8.0, "has_measured": 1.0})
     oracle.weights.zero_()
     second.step(1)
-    assert second.cubic_coefficient == pytest.approx(math.sqrt(8.0 * size), rel=1e-6)
+    assert second.cubic_coefficient == pytest.approx(math.sqrt(8.0 * 2 * size), rel=1e-6)
 
 
 def test_a_trial_on_one_minibatch_is_its_own_measure() -> None:
