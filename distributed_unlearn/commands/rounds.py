@@ -100,6 +100,7 @@ def tell(found: Pass, console: Console) -> None:
         "committed": found.round is not None and not found.failed_gates,
         "failed_gates": found.failed_gates,
         "denied": found.denied,
+        "missing": found.missing,
         "certificates": found.certificates,
         "purged_requests": found.purged_requests,
         "purged_states": found.purged_states,

@@ -4,6 +4,7 @@
 """
 
 from distributed_unlearn.records.codec import Json, to_json
+from distributed_unlearn.records.exposure import Estimate, Exposure
 from distributed_unlearn.records.result import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.records.round import RoundRecord
 from distributed_unlearn.records.run import (
@@ -23,6 +24,8 @@ __all__ = [
     "RECORD_NAME",
     "BaseCheckpoint",
     "CurvatureMode",
+    "Estimate",
+    "Exposure",
     "Json",
     "ResultFiles",
     "RoundRecord",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from distributed_unlearn.records.exposure import Exposure
 from distributed_unlearn.records.scores import SetScores
 from distributed_unlearn.records.step import StepRecord
 from distributed_unlearn.records.verdict import Verdict
@@ -30,3 +31,5 @@ class RoundRecord:
     k from 1."""
     verdict: Verdict
     tug_of_war: float | None = None
+    exposure: Exposure | None = None
+    """Attacks on the weights after the round. None: a record of a version that did not measure them."""

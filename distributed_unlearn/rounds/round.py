@@ -17,6 +17,7 @@ from distributed_unlearn.objectives.build import build_objective
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord
 from distributed_unlearn.rounds.evaluate import Scores, evaluate_sets, evidence, score, summarise
 from distributed_unlearn.rounds.events import OnStep
+from distributed_unlearn.rounds.exposure import measure_exposure
 from distributed_unlearn.rounds.methods import OuterSolver, build_solver
 from distributed_unlearn.rounds.opening import Unseen, drawn_retain_records, opening_constants
 from distributed_unlearn.rounds.state import Course, RoundKeeper
@@ -209,6 +210,7 @@ def close_round(workers: Workers, task: RoundTask, start: Scores, opening: Openi
     """Score again and judge."""
     wall_seconds = time.monotonic() - done.started
     after, now = evaluate_sets(workers, opening.sets, task.scoring_batch)
+    exposure = measure_exposure(workers, opening.sets["forget"], opening.sets["holdout"], task.scoring_batch)
     return RoundRecord(
         round_index=task.round_index,
         num_forget_records=len(task.forget),
@@ -223,6 +225,7 @@ def close_round(workers: Workers, task: RoundTask, start: Scores, opening: Openi
         before=opening.before,
         after=after,
         verdict=judge(opening.sets, start, now),
+        exposure=exposure,
     )
 
 

@@ -103,6 +103,7 @@ def _round(entry: RoundEntry, record: Mapping[str, Any]) -> dict[str, Any]:
         "gamma": _range(steps, "gamma"),
         "surviving_update": record.get("surviving_update"),
         "scores": {"before": last.get("before"), "after": last.get("after")},
+        "exposure": last.get("exposure"),
         "verdict": last.get("verdict"),
         "retrained": record.get("retrained"),
     }

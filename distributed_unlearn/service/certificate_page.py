@@ -16,6 +16,12 @@ _OUTCOMES = {
     None: "The request was withdrawn.",
 }
 
+_EXPOSURE = {
+    "extraction_strength": "share of an answer that the model completes by itself",
+    "extraction_strength_holdout": "the same of records that it never saw",
+    "membership_auc": "membership inference by loss, area under the curve (0.5: cannot tell)",
+}
+
 
 def certificate_page(statement: Mapping[str, Any], envelope_sha256: str) -> str:
     """The page of a statement that `certificate.make_statement` made."""
@@ -65,6 +71,8 @@ def _round_parts(erasure: Mapping[str, Any]) -> list[str]:
         "hash of the record": erasure["record_sha256"],
     }
     parts = ["<h2>Round</h2>", _table(facts), "<h2>Measurements</h2>", _scores(erasure["scores"])]
+    if erasure.get("exposure") is not None:
+        parts += ["<h2>Extraction and membership</h2>", _table(_estimates(erasure["exposure"]))]
     if erasure["verdict"] is not None:
         parts += ["<h2>Verdict</h2>", _table(_flat(erasure["verdict"]))]
     for name, files in (("before", erasure["weights_before"]), ("after", erasure["weights_after"])):
@@ -83,6 +91,18 @@ def _scores(scores: Mapping[str, Any]) -> str:
     body = "".join(f"<tr><td>{_text(n)}</td><td>{_text(b)}</td><td>{_text(a)}</td></tr>" for n, b, a in rows)
     head = '<tr><th scope="col">set: measure</th><th scope="col">before</th><th scope="col">after</th></tr>'
     return f'<div class="wide"><table>{head}{body}</table></div>'
+
+
+def _estimates(exposure: Mapping[str, Any]) -> dict[str, str | None]:
+    """A row for each attack: the number, its 95 % interval, on how many records."""
+    found = {}
+    for key, value in exposure.items():
+        text = None
+        if value is not None:
+            interval = "no interval" if value["low"] is None else f"{value['low']:.3f} to {value['high']:.3f}"
+            text = f"{value['value']:.3f} ({interval}; {value['num_records']} records)"
+        found[_EXPOSURE[key]] = text
+    return found
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

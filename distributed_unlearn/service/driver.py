@@ -13,7 +13,7 @@ from pathlib import Path
 from securesystemslib.signer import CryptoSigner
 from sqlalchemy import update
 
-from distributed_unlearn.config import AdapterFolder, JobConfig, SelectionConfig, load_job, parse_job
+from distributed_unlearn.config import AdapterFolder, JobConfig, ModelConfig, SelectionConfig, load_job, parse_job
 from distributed_unlearn.config.service import ServiceConfig
 from distributed_unlearn.errors import ConfigError, DataError, LedgerError, ResourceError, UserError, WorkerError
 from distributed_unlearn.provenance import hash_folder
@@ -27,7 +27,7 @@ from distributed_unlearn.service.lease import HeldLease
 from distributed_unlearn.service.ledger import Ledger
 from distributed_unlearn.service.publication import publish
 from distributed_unlearn.service.requests import ErasureRequest, list_requests
-from distributed_unlearn.service.resolution import Resolution, held_out, read_identities, resolve
+from distributed_unlearn.service.resolution import Resolution, dropped, held_out, read_identities, resolve
 from distributed_unlearn.service.retention import purge, state_folder, sweep
 from distributed_unlearn.service.rounds_book import (
     RoundEntry,
@@ -44,6 +44,7 @@ from distributed_unlearn.service.rounds_book import (
     start_round,
 )
 from distributed_unlearn.service.secrets_file import read_secret
+from distributed_unlearn.service.seen import look_again
 from distributed_unlearn.service.states import FINAL_STATES, Reason, RequestState
 from distributed_unlearn.service.tables import REQUESTS
 from distributed_unlearn.service.verification import broken_state
@@ -77,6 +78,8 @@ class Pass:
     interrupted: int | None
     """The round that was open when it began and was rolled back: its driver had died and left no state."""
     denied: tuple[int, ...]
+    missing: tuple[int, ...]
+    """Requests that wait because the data no longer holds what they name."""
     round: RoundEntry | None
     """The round that was run; None where nothing was pending."""
     failed_gates: tuple[str, ...]
@@ -142,6 +145,12 @@ def run_pass(service: Service, execute: Execute) -> Pass:
         pending, found = _pending(service, None)
     if resumed is None and (found.denied or found.already):
         deny(ledger, lease, found.denied, found.already)
+    for number in found.missing:
+        _LOG.warning(
+            "request %d names records that the data held before and holds no longer: put them back until it is erased, "
+            "or cancel it",
+            number,
+        )
     entry, failed = (None, []) if not found.erase else _run_round(service, found, execute, resumed)
     publish(ledger, lease, root)
     certificates = issue_certificates(ledger, lease, root, service.signer)
@@ -152,6 +161,7 @@ def run_pass(service: Service, execute: Execute) -> Pass:
     return Pass(
         interrupted,
         tuple(found.denied),
+        found.missing,
         entry,
         tuple(failed),
         tuple(certificates),
@@ -208,25 +218,29 @@ def _pending(service: Service, resumed: RoundEntry | None) -> tuple[list[Erasure
 
 
 def _resolve(service: Service, pending: Sequence[ErasureRequest]) -> Resolution:
-    identities = read_identities(service.job.data)
-    never = held_out(identities, service.job.holdout)
-    return resolve(pending, identities, never, erased_in_rounds(service.ledger), service.ledger.salt())
+    identities, salt, data = read_identities(service.job.data), service.ledger.salt(), service.job.data
+    never = held_out(identities, service.job.holdout) | dropped(start_model(service), data)
+    seen = look_again(service.root, salt, identities)
+    return resolve(pending, identities, never, erased_in_rounds(service.ledger), salt, seen)
+
+
+def start_model(service: Service) -> ModelConfig:
+    """What the next round opens: the current state, or the first model."""
+    current, model = current_round(service.ledger), service.job.model
+    if current is None:
+        return model
+    assert current.folder is not None
+    start = str(service.root / current.folder / "checkpoint")
+    if model.adapter is not None and service.job.save.adapter == "adapter":
+        return model.model_copy(update={"adapter": AdapterFolder(path=start)})  # the base stays, at its revision
+    return model.model_copy(update={"path": start, "revision": None})
 
 
 def round_job(service: Service, number: int, record_ids: Sequence[str], resume: bool = False) -> JobConfig:
     """The job of a round: from the current state, or the first model, into a folder of its own, in float32."""
-    current = current_round(service.ledger)
-    model = service.job.model
-    if current is not None:
-        assert current.folder is not None
-        start = str(service.root / current.folder / "checkpoint")
-        if model.adapter is not None and service.job.save.adapter == "adapter":
-            model = model.model_copy(update={"adapter": AdapterFolder(path=start)})  # the base stays, at its revision
-        else:
-            model = model.model_copy(update={"path": start, "revision": None})
     return service.job.model_copy(
         update={
-            "model": model,
+            "model": start_model(service),
             "forget": SelectionConfig(record_ids=tuple(record_ids)),
             "save": service.job.save.model_copy(update={"dtype": "float32"}),
             "output": str(service.root / state_folder(number)),
