@@ -19,7 +19,12 @@ from typing import get_args
 
 from rich.console import Console
 
-from distributed_unlearn.commands.service_arguments import SERVICE_COMMANDS, add_service_commands, run_service_command
+from distributed_unlearn.commands.service_arguments import (
+    SERVICE_COMMANDS,
+    add_service_commands,
+    require_service_extra,
+    run_service_command,
+)
 from distributed_unlearn.commands.submit import add_submit, run_submit
 from distributed_unlearn.config import ClusterConfig, ModelTask, load_job, parse_cluster
 from distributed_unlearn.errors import ConfigError, UserError, WorkerError
@@ -68,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     demo = commands.add_parser("demo", help="fictitious people: train, forget three of them, compare")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"))
+    demo.add_argument("--output", type=Path, help="default: runs/demo, or runs/demo_service")
+    demo.add_argument("--service", action="store_true", help="the service instead: requests, rounds, certificates")
     demo.add_argument("--seed", type=_at_least("--seed", 0), default=0)
     demo.add_argument("--num-workers", type=_at_least("--num-workers", 1), default=2)
     demo.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3)
@@ -173,11 +179,18 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
     elif arguments.command == "submit":
         return run_submit(arguments, console)
     elif arguments.command == "demo":
+        if arguments.service:
+            require_service_extra("demo --service")
         from distributed_unlearn.demo.run import run_demo
         from distributed_unlearn.demo.settings import demo_settings
 
         cluster, settings = _cluster(arguments, arguments.address), demo_settings(arguments.seed, arguments.short)
-        run_demo(settings, cluster, arguments.output, arguments.overwrite, console)
+        if arguments.service:
+            from distributed_unlearn.demo.service import run_service_demo
+
+            folder = arguments.output or Path("runs/demo_service")
+            return 0 if run_service_demo(settings, cluster, folder, arguments.overwrite, console) else INCOMPLETE
+        run_demo(settings, cluster, arguments.output or Path("runs/demo"), arguments.overwrite, console)
     else:
         from distributed_unlearn.commands.check import model_to_check, run_curvature_check
         from distributed_unlearn.workers.messages import CurvatureCheck

@@ -33,7 +33,7 @@ def _only(*names: str) -> frozenset[str]:
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version"),
     ("config", "records"),
-    ("files", "provenance"),
+    ("files", "logs", "provenance"),
     ("solvers", "curvature", "report"),
     ("models", "objectives"),
     ("data",),

@@ -1,5 +1,6 @@
 """The Ray actor of one rank: the engine's worker behind two methods, and a heartbeat beside it."""
 
+import logging
 import os
 import socket
 import time
@@ -10,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from distributed_unlearn.logs import log_event, use_json_lines
+
 if TYPE_CHECKING:  # importing the engine imports DeepSpeed, which must wait until the actor has looked for GPUs
     from distributed_unlearn.engine.communicator import RankSpec
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def device_index(gpu_ids: tuple[str, ...], visible: str | None) -> int:
 class RankActor:
     """One rank. A collective must never be replayed, so neither the actor nor its calls are retried."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, log_format: str = "text") -> None:
         # Before DeepSpeed looks for an accelerator: without a GPU it must not guess.
         if not ray.get_gpu_ids():
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -65,7 +70,7 @@ class RankActor:
         from distributed_unlearn.engine.worker import Worker
 
         self._worker, self._explained = Worker(num_threads), out_of_memory_explained
-        self._started = time.monotonic()
+        self._started, self._log_format = time.monotonic(), log_format
         self._method: str | None = None
 
     def placement(self) -> Placement:
@@ -83,6 +88,8 @@ class RankActor:
 
     def connect(self, spec: "RankSpec", host: str, port: int, timeout_seconds: float, use_gpu: bool) -> None:
         """Meet the other ranks at the rendezvous. All ranks must call this."""
+        if self._log_format == "json":
+            use_json_lines(spec.rank)
         with self._busy("connect"):
             self._worker.connect(spec, host, port, timeout_seconds, use_gpu)
 
@@ -98,6 +105,7 @@ class RankActor:
         try:
             with self._explained(method):
                 yield
+            log_event(_LOG, "call", method=method, seconds=time.monotonic() - self._started)
         finally:
             self._method = None
 

@@ -158,7 +158,7 @@ class RayWorkerGroup:
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, index),
-            ).remote(config.cpus_per_worker)
+            ).remote(config.cpus_per_worker, config.log_format)
             self._actors.append(actor)  # one by one, so that a failure among them leaves none behind
         actors = list(self._actors)
         placements = self._wait([actor.placement.remote() for actor in actors], "placement")

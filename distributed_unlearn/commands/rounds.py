@@ -11,12 +11,14 @@ from distributed_unlearn.commands.console_events import ConsoleEvents, print_lin
 from distributed_unlearn.commands.run import run_job
 from distributed_unlearn.config.service import ServiceConfig, load_service
 from distributed_unlearn.errors import ConfigError, GateError
+from distributed_unlearn.logs import use_json_lines
 from distributed_unlearn.records import StepRecord
 from distributed_unlearn.rounds.events import OnStep
 from distributed_unlearn.service.driver import Pass, run_pass, service_job
 from distributed_unlearn.service.lease import HeldLease
 from distributed_unlearn.service.manifest import Images, kubernetes_manifest, systemd_unit
 from distributed_unlearn.service.opening import opened
+from distributed_unlearn.service.overview import waiting
 from distributed_unlearn.service.schedule import cron_trigger, take_tick
 
 
@@ -41,7 +43,9 @@ def run_rounds(arguments: argparse.Namespace, console: Console) -> None:
             print_line(console, f"tick {arguments.tick} was taken before; nothing was done")
             return
         events = LeasedEvents(console, service.held)
-        found = run_pass(service, lambda job: run_job(job, events).record)
+        if service.job.cluster.log_format == "json":
+            use_json_lines(rank=None)
+        found = run_pass(service, lambda job: run_job(job, events, queue=lambda: waiting(service.ledger)).record)
     tell(found, console)
 
 

@@ -6,7 +6,9 @@ from rich.console import Console
 
 from distributed_unlearn.cluster.open import open_group
 from distributed_unlearn.commands.console_events import ConsoleEvents, print_line
+from distributed_unlearn.commands.observed_events import ObservedEvents, Queue
 from distributed_unlearn.config import JobConfig
+from distributed_unlearn.logs import use_json_lines
 from distributed_unlearn.records import RunRecord, SurvivingUpdate
 from distributed_unlearn.records.verdict import SURVIVAL_LEVEL, UNKNOWN
 from distributed_unlearn.report.tables import comparison_table
@@ -19,20 +21,25 @@ from distributed_unlearn.rounds.session import run_session
 from distributed_unlearn.workers.group import WorkerGroup
 
 
-def run_job(job: JobConfig, events: RunEvents | None = None, group: WorkerGroup | None = None) -> Report:
+def run_job(
+    job: JobConfig, events: RunEvents | None = None, group: WorkerGroup | None = None, queue: Queue | None = None
+) -> Report:
     """Run a job in its output folder and draw its report.
 
     Args:
         job: What to do.
         events: What is told as it happens; None: nobody.
         group: Open workers to run on, which stay open; None: those that the job's `cluster` asks for.
+        queue: Asked now and then for the service's queue, which is exported beside the run's metrics.
 
     Raises:
         UserError: anything that the user can act on; nothing is left half-written.
     """
     folder = output_folder(job.output)
+    if job.cluster.log_format == "json":
+        use_json_lines(rank=None)
     with claimed(folder):
-        watcher = Unwatched() if events is None else events
+        watcher = ObservedEvents(Unwatched() if events is None else events, queue)
         run = prepare_run(job, folder, watcher)
         if not run.is_done:
             opened: AbstractContextManager[WorkerGroup]

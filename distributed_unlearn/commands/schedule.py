@@ -8,7 +8,8 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -18,12 +19,16 @@ from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 from rich.console import Console
 
+from distributed_unlearn.cluster.authentication import ray_address
 from distributed_unlearn.commands.console_events import print_line
+from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.config.service import ServiceConfig
 from distributed_unlearn.errors import LeaseError, LedgerError
+from distributed_unlearn.logs import use_json_lines
 from distributed_unlearn.service.driver import service_job
 from distributed_unlearn.service.lease import held
 from distributed_unlearn.service.ledger import Ledger, service_ledger
+from distributed_unlearn.service.overview import waiting
 from distributed_unlearn.service.schedule import cron_trigger, find_due, take_tick
 
 _LOG = logging.getLogger(__name__)
@@ -38,6 +43,8 @@ class Passes:
         self._config, self._ledger, self._trigger = config, ledger, trigger
         self._command, self._console = list(command), console
         self._child: subprocess.Popen[bytes] | None = None
+        self.tell_queue: Callable[[int, float | None], None] = lambda length, oldest_seconds: None
+        """Told at every look how many requests wait, and for how long the oldest."""
         self._ended = False
 
     @property
@@ -48,6 +55,7 @@ class Passes:
     def look(self) -> None:
         """Begin what is due. A ledger that does not answer, or a lease that is held, is looked at again next time."""
         try:
+            self.tell_queue(*waiting(self._ledger))
             due = find_due(self._ledger, self._config, self._trigger)
             if due is None or self._ended:
                 return
@@ -82,7 +90,9 @@ def run_schedule(config: ServiceConfig, path: Path, overrides: Sequence[str], co
         ConfigError: job or schedule are unfit; LedgerError: the ledger cannot be opened.
     """
     trigger = cron_trigger(config.schedule)
-    service_job(config)
+    job = service_job(config)
+    if job.cluster.log_format == "json":
+        use_json_lines(rank=None)
     command = [sys.executable, "-m", "distributed_unlearn", "rounds", "run-once", str(path.absolute()), *overrides]
     passes = Passes(config, service_ledger(config), trigger, command, console)
     scheduler = BlockingScheduler(
@@ -104,4 +114,18 @@ def run_schedule(config: ServiceConfig, path: Path, overrides: Sequence[str], co
     if config.schedule.watch_minutes is not None:
         scheduler.add_job(passes.look, IntervalTrigger(seconds=60 * config.schedule.watch_minutes))
     print_line(console, f"scheduled: {config.schedule.cron} ({config.schedule.timezone})")
-    scheduler.start()
+    with _exported(job.cluster, passes):
+        scheduler.start()
+
+
+@contextmanager
+def _exported(cluster: ClusterConfig, passes: Passes) -> Iterator[None]:
+    """The queue as Ray's metrics, where the scheduler is a Ray job itself, or its job names a cluster."""
+    if cluster.backend != "ray" or ray_address(cluster) is None:
+        yield
+        return
+    from distributed_unlearn.cluster.metrics import metrics_of_scheduler
+
+    with metrics_of_scheduler(cluster) as metrics:
+        passes.tell_queue = metrics.queue
+        yield

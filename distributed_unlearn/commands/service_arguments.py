@@ -89,7 +89,7 @@ def run_service_command(arguments: argparse.Namespace, console: Console) -> None
         ConfigError: the extra `service` is not installed.
         UserError: whatever the command refuses.
     """
-    _require_extra(arguments.command)
+    require_service_extra(arguments.command)
     if arguments.command == "request":
         from distributed_unlearn.commands.request import run_request
 
@@ -114,7 +114,12 @@ def run_service_command(arguments: argparse.Namespace, console: Console) -> None
         run_verify(arguments, console)
 
 
-def _require_extra(command: str) -> None:
+def require_service_extra(command: str) -> None:
+    """Refuse a command whose packages are not installed.
+
+    Raises:
+        ConfigError: naming them.
+    """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(

@@ -189,6 +189,9 @@ class ClusterConfig(StrictModel):
     """Share of a GPU for every worker, where GPUs are used. Below 1 workers may share one, which NCCL refuses: their
     collectives go through the host (gloo), without training and at zero_stage 0 to 2. For trying things out."""
     cpus_per_worker: int = Field(default=1, ge=1)
+    log_format: Literal["text", "json"] = "text"
+    """json: driver and workers log to stderr in lines of JSON with their rank; Ray keeps those of the workers in the
+    logs of its session."""
     placement_timeout_seconds: float = Field(default=600.0, gt=0.0, le=1e7)
     """How long a given cluster may take to have room (nodes may still join); a local Ray refuses at once."""
     collective_timeout_seconds: float = Field(default=1800.0, gt=0.0, le=1e7)

@@ -28,7 +28,7 @@ if ! kubectl get rayjob "$name" >/dev/null 2>&1; then
   sed -e "s/TICK/$tick/" -e "s/RAYJOB/$name/" /manifest/rayjob.yaml | kubectl create -f -
 fi
 until status=$(kubectl get rayjob "$name" -o 'jsonpath={.status.jobDeploymentStatus}') \
-  && { [ "$status" = Complete ] || [ "$status" = Failed ]; }; do sleep 15; done
+  && case "$status" in Complete|Failed|ValidationFailed) true;; *) false;; esac; do sleep 15; done
 [ "$status" = Complete ]
 """.replace("NAME-", f"{NAME}-")
 

@@ -42,6 +42,12 @@ class Overview:
     num_audit_entries: int
 
 
+def waiting(ledger: Ledger) -> tuple[int, float | None]:
+    """Requests without an answer, and the age of the oldest in seconds; None without one."""
+    now, found = ledger.clock(), [r for r in list_requests(ledger) if r.state not in FINAL_STATES]
+    return len(found), max(((now - request.received_at).total_seconds() for request in found), default=None)
+
+
 def look(ledger: Ledger, config: ServiceConfig) -> Overview:
     """The service now; only reads.
 

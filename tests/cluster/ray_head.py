@@ -30,6 +30,7 @@ class Head:
     working_dir: Path
     session: Path
     """Where Ray keeps logs and packages."""
+    metrics_port: int
 
     @property
     def credentials(self) -> dict[str, str]:
@@ -43,6 +44,16 @@ class Head:
                 if path.is_file() and text in path.read_bytes():
                     found.append(str(path))
         return found
+
+    def metrics(self) -> str:
+        """What Prometheus would read; nothing while the exporter is busy."""
+        headers = {"Authorization": f"Bearer {self.token_file.read_text()}"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.metrics_port}/metrics", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return str(answer.read().decode())
+        except (OSError, http.client.HTTPException):
+            return ""
 
     def answers(self) -> bool:
         return self.ask_once("api/jobs/", self.token_file.read_text())[0] == 200
@@ -112,8 +123,9 @@ def running_head(folder: Path) -> Iterator[Head]:
     deadline = time.monotonic() + 600
     for attempt in range(3):
         ports = _free_ports(5)
-        found = Head(f"http://127.0.0.1:{ports[1]}", token_file, working_dir, folder)
+        found = Head(f"http://127.0.0.1:{ports[1]}", token_file, working_dir, folder, ports[3])
         variables = {**found.credentials, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        variables["RAY_metrics_report_interval_ms"] = "500"
         with started(_start_command(ports), folder / f"home{attempt}", variables) as running:
             try:
                 running.wait_until(found.answers, max(60.0, deadline - time.monotonic()))

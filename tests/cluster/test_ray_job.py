@@ -120,6 +120,34 @@ def test_a_job_is_submitted_once_and_leaves_no_id_with_ray(head: Head, tiny: Tin
         assert not head.files_with(name.encode())
 
 
+EXPORTED = {"alpha", "gamma", "residual", "products_per_second", "products_total", "phase_seconds_total"}
+
+
+def test_prometheus_reads_the_steps_and_every_worker_logs_its_rank(head: Head, job: Path, tmp_path: Path):
+    settings = ("solver.max_steps=200", "cluster.log_format=json", f"output={tmp_path}/measured")
+    found: dict[str, float] = {}
+
+    def read() -> bool:
+        for line in head.metrics().splitlines():
+            if line.startswith("ray_distributed_unlearn_"):
+                found[line.partition("{")[0].removeprefix("ray_distributed_unlearn_")] = float(line.split()[-1])
+        return set(found) >= EXPORTED
+
+    arguments = (str(job), *settings, "--id", "measured-1", "--follow", "--python", sys.executable, "--ship-code")
+    with submit(head, tmp_path / "client", *arguments) as running:
+        running.wait_until(read, 600)
+        running.process.send_signal(signal.SIGINT)
+        running.wait(60)
+    assert ended(head, tmp_path / "stop", "--id", "measured-1", "--stop").process.returncode == 0
+    assert found["alpha"] > 0 and found["products_per_second"] > 0 and found["products_total"] >= 2
+    lines = [line for path in head.session.rglob("worker-*.err") for line in path.read_text().splitlines()]
+    calls = [json.loads(line) for line in lines if line.startswith('{"time"')]
+    assert {call["rank"] for call in calls if call["event"] == "call"} == {0, 1}
+    driver = [json.loads(line) for line in running.out.splitlines() if line.startswith('{"time"')]
+    steps = [line for line in driver if line["event"] == "step"]
+    assert steps[0]["step"] == 1 and steps[0]["rank"] is None and steps[0]["alpha"] > 0
+
+
 def test_ids_in_a_job_file_stay_in_the_shared_folder(head: Head, tiny: TinyJob, tmp_path: Path):
     python, shared = interpreter(tmp_path / "python", 'echo "$4"; exit 14'), tmp_path / "shared"
     where = ("--python", python, "--job-folder", str(shared), "--follow")

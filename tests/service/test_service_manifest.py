@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -58,6 +59,74 @@ def test_the_ray_job_is_a_gang_with_a_token_that_is_tried_once():
         assert container["volumeMounts"][0]["name"] == pod["spec"]["volumes"][0]["name"]
 
 
+def _object(required: tuple[str, ...], **properties: object) -> dict:
+    return {"type": "object", "additionalProperties": False, "required": list(required), "properties": properties}
+
+
+_TEXT, _COUNT, _YES_NO = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+_QUANTITIES = {"type": "object", "additionalProperties": {"type": ["integer", "string"]}}
+_CONTAINER = _object(
+    ("name", "image"),
+    name={"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
+    image=_TEXT,
+    env={"type": "array", "items": _object(("name",), name=_TEXT, value={"type": "string"})},
+    resources=_object((), requests=_QUANTITIES, limits=_QUANTITIES),
+    volumeMounts={"type": "array", "items": _object(("name", "mountPath"), name=_TEXT, mountPath=_TEXT)},
+)
+_VOLUME = _object(("name",), name=_TEXT, persistentVolumeClaim=_object(("claimName",), claimName=_TEXT))
+_POD = _object(
+    ("spec",),
+    spec=_object(
+        ("containers",),
+        containers={"type": "array", "minItems": 1, "items": _CONTAINER},
+        volumes={"type": "array", "items": _VOLUME},
+    ),
+)
+_GROUP = _object(
+    ("groupName", "minReplicas", "maxReplicas", "template"),
+    **{"groupName": _TEXT, "replicas": _COUNT, "minReplicas": _COUNT, "maxReplicas": _COUNT},
+    **{"rayStartParams": _TEXTS, "template": _POD},
+)
+_CLUSTER = _object(
+    ("headGroupSpec",),
+    authOptions=_object((), mode={"enum": ["disabled", "token"]}),
+    headGroupSpec=_object(("template",), rayStartParams=_TEXTS, template=_POD),
+    workerGroupSpecs={"type": "array", "items": _GROUP},
+)
+RAY_JOB = _object(
+    ("apiVersion", "kind", "metadata", "spec"),
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata=_object(("name",), name={"type": "string", "maxLength": 47}),
+    spec=_object(
+        (),
+        **{"entrypoint": _TEXT, "jobId": _TEXT, "rayClusterSpec": _CLUSTER},
+        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+        **{"backoffLimit": _COUNT, "shutdownAfterJobFinishes": _YES_NO, "ttlSecondsAfterFinished": _COUNT},
+    ),
+)
+"""What KubeRay's API reference (ray.io/v1, with authOptions: 1.5.1 and newer) says of the fields that are used here. A
+field that is not named here is refused, so that a misspelt one, which the API server would silently drop, shows."""
+
+
+@pytest.mark.parametrize("use_gpu", ["auto", "never"])
+def test_the_ray_job_is_as_the_published_api_has_it(use_gpu):
+    cluster = ClusterConfig(num_workers=4, use_gpu=use_gpu)
+    text = kubernetes_manifest(_config(), Path("/erasure/service.yaml"), cluster, IMAGES)
+    (config_map,) = [part for part in yaml.safe_load_all(text) if part["kind"] == "ConfigMap"]
+    job = yaml.safe_load(config_map["data"]["rayjob.yaml"])
+    named = {**job, "metadata": {"name": f"{NAME}-29412180"}}
+    jsonschema.validate(named, RAY_JOB)
+    for broken in (
+        {**named, "metadata": {"name": "x" * 48}},
+        {**named, "spec": {**job["spec"], "entryPoint": "misspelt"}},
+        {**named, "spec": {**job["spec"], "backoffLimit": "0"}},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, RAY_JOB)
+
+
 @pytest.mark.skipif(shutil.which("sh") is None, reason="no shell")
 def test_the_script_makes_the_tick_of_the_jobs_name_and_creates_it_once(tmp_path):
     script = _documents()["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["command"][2]
@@ -73,10 +142,10 @@ def test_the_script_makes_the_tick_of_the_jobs_name_and_creates_it_once(tmp_path
     script = script.replace("/manifest/", f"{tmp_path}/")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_NAME": f"{NAME}-29412180"}
     codes = []
-    for status in ("Complete", "Complete", "Failed"):
+    for status in ("Complete", "Complete", "Failed", "ValidationFailed"):
         (tmp_path / "status").write_text(status)
         codes.append(subprocess.run(["sh", "-c", script], env=environment, timeout=30).returncode)
-    assert codes == [0, 0, 1]
+    assert codes == [0, 0, 1, 1]
     (created,) = yaml.safe_load_all((tmp_path / "created").read_text())
     assert created["metadata"]["name"] == f"{NAME}-29412180" == created["spec"]["jobId"]
     tick = created["spec"]["entrypoint"].split()[-1]
