@@ -150,12 +150,17 @@ class JobServer:
             ResourceError: the connection was lost for longer than `patience_seconds`; the job goes on.
             WorkerError: the server has forgotten the job, which ended with the head that ran it.
         """
-        log, shown = _Log(write), ""
+        log, shown, lost = _Log(write), "", False
         while True:
             try:
                 asyncio.run(self._tail(name, log))
+                lost = False
+            except AuthenticationError as error:
+                raise self._refused(error) from error
             except _LOST as error:
-                self._tell(f"the connection was lost ({_first_line(error)})")
+                if not lost:  # else again and again, where websockets do not get through
+                    self._tell(f"the connection was lost ({_first_line(error)}); asking for the log again and again")
+                lost = True
             state, text = self._patiently(lambda: self._catch_up(name))
             if state is None:
                 raise WorkerError(

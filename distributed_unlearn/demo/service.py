@@ -15,7 +15,7 @@ from rich.console import Console
 from distributed_unlearn.cluster.open import open_group
 from distributed_unlearn.commands.console_events import print_line
 from distributed_unlearn.commands.run import run_job
-from distributed_unlearn.config import ClusterConfig, ObjectiveConfig
+from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.config.service import ServiceConfig, load_service
 from distributed_unlearn.demo.jobs import DemoJobs
 from distributed_unlearn.demo.run import create_initial
@@ -38,6 +38,8 @@ _WRITTEN = (
     *("records.jsonl", "initial", "original", "job.yaml", "service.yaml", "operator.key", "operator.pub", "service"),
     "summary.json",
 )
+MAX_STEPS = 40
+"""The stopping rule ends a round long before; the short demo's own few steps forget only partly."""
 HURRIED = ("solver.max_steps=1",)
 """Overrides of a pass whose round cannot have forgotten anything: its gate must say so."""
 
@@ -141,8 +143,10 @@ def _make_room(folder: Path, overwrite: bool) -> None:
 
 def _write_files(jobs: DemoJobs, folder: Path) -> Path:
     """The job and service file, and the operator's key, as an operator writes them; returns the service file."""
-    job = jobs.unlearning("-").model_copy(
-        update={"forget": None, "retrained": None, "output": "-", "overwrite": False, "objective": ObjectiveConfig()}
+    job = jobs.unlearning("-")
+    solver = job.solver.model_copy(update={"max_steps": MAX_STEPS})
+    job = job.model_copy(
+        update={"forget": None, "retrained": None, "output": "-", "overwrite": False, "solver": solver}
     )
     (folder / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     generate_key(folder / "operator.key")

@@ -255,6 +255,11 @@ def test_a_connection_lost_for_good_says_how_to_go_on(server, submit):
     assert_refused(found, 6, "resources", "for 0.3 s", "takes the job up")
 
 
+def test_a_token_that_is_no_longer_taken_ends_the_following(server, submit):
+    server.on_status = lambda job: setattr(server, "token", "another")
+    assert_refused(submit("--follow"), 6, "resources", "no access to the job server")
+
+
 def test_a_forgotten_job_is_no_success(server, submit):
     server.on_status = lambda job: server.jobs.clear() if job["log"] else job.update(log="begun\n")
     found = submit("--follow")
