@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import call
+from command_line import Outcome, call
 from tiny_job import TinyJob
 
 DOCUMENTED = {3, 4, 5, 6, 7, 8, 9}
@@ -123,10 +123,32 @@ def _spoil_file(folder: Path, generator: random.Random) -> None:
         path.write_text(json.dumps(tree))
 
 
+class ReachedWorkersError(Exception):
+    """The run has come to its workers: it accepted the job."""
+
+
+@pytest.fixture(autouse=True)
+def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` ends where it would start workers."""
+
+    def open_group(*arguments: object) -> None:
+        raise ReachedWorkersError
+
+    monkeypatch.setattr("distributed_unlearn.commands.run.open_group", open_group)
+
+
 def _check(capsys: pytest.CaptureFixture[str], job: Path, output: Path, case: str) -> bool:
-    """Plan the job; True where it was refused, as it must be if it is refused at all."""
+    """Plan and run the job; True where both refused it, as it must be if it is refused at all, in the same words."""
     outcome = call(capsys, ["plan", str(job)])
     assert not output.exists(), case
+    try:
+        run = call(capsys, ["run", str(job)])
+    except ReachedWorkersError:
+        captured = capsys.readouterr()
+        run = Outcome(0, captured.out, captured.err)
+    assert not output.exists(), case
+    assert (run.code, run.err) == (outcome.code, outcome.err), f"{case}: plan {outcome}, run {run}"
+    assert SECRET not in run.out + run.err and "Traceback" not in run.out + run.err, case
     if outcome.code == 0:
         assert "the job is valid" in outcome.out, case
         return False

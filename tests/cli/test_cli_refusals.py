@@ -174,6 +174,17 @@ def test_pickled_checkpoint(tiny: TinyJob, tmp_path, capsys):
     assert_refused(outcome, 5, "model", "without *.safetensors", "pickled weights are never loaded")
 
 
+def test_a_missing_tokenizer_is_said_to_be_missing(tiny: TinyJob, tmp_path, capsys):
+    """And not found out later, as records without a token."""
+    model = tiny.copy_model(tmp_path / "model")
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    outcome = refused(tiny, capsys, tmp_path / "out", f"model.path={model}")
+    assert_refused(
+        outcome, 5, "model", "without a readable tokenizer", "save the tokenizer into the checkpoint's folder"
+    )
+
+
 def test_ids_file(tiny: TinyJob, tmp_path, capsys):
     ids = tmp_path / "ids"
     overrides = ("forget=null", f"rounds=[{{ids_file: {ids}}}]")
