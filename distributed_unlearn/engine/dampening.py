@@ -90,7 +90,8 @@ class Dampening:
         retain = sums["retain"] * (spec.num_retain / max(spec.num_sampled, 1))
         everything = (sums["forget"] + retain) / (spec.num_forget + spec.num_retain)
         factors = dampening_factors(sums["forget"] / spec.num_forget, everything, spec)
+        changed = (factors < 1) & (opened.weights.master != 0)  # a fresh adapter has zeros, which no factor changes
         opened.weights.set_master(opened.weights.master * factors)
-        local = torch.stack([(factors < 1).sum().double(), (1 - factors).double().sum()])
+        local = torch.stack([changed.sum().double(), (1 - factors)[changed].double().sum()])
         count, total = opened.communicator.all_reduce_sum(local).tolist()
         return Dampened(int(count), total / count if count else None)

@@ -119,6 +119,18 @@ def test_what_steering_refuses(tiny: TinyJob, digits: Path, tmp_path, capsys):
     assert_refused(call(capsys, images), 3, "configuration", "hidden states of a causal language model")
 
 
+def test_the_teacher_is_the_start_of_the_round(tiny: TinyJob, tmp_path, capsys):
+    """Of each round its own: at the first step of either the student is its teacher, and no divergence is left."""
+    rounds = ("forget=null", "rounds=[{subjects: [person-0000]}, {record_ids: [person-0001-00]}]")
+    succeed(capsys, language(tiny, "run", tmp_path / "out", f"solver={METHODS['scrub']}", *rounds))
+    first, second = record_of(tmp_path / "out")["rounds"]
+    for found in (first, second):
+        descent = found["steps"][0]["terms"]
+        assert descent["retain_term"] == pytest.approx(descent["retain_loss_nats_per_token"], abs=1e-5)
+        assert found["steps"][1]["terms"]["forget_term"] < -1e-4  # the descent has left the teacher
+    assert second["before"]["forget_round_1"] == first["after"]["forget"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_on_images(method, digits: Path, tmp_path, capsys):
     overrides = (f"solver={METHODS[method]}", f"output={tmp_path / 'out'}")
@@ -194,6 +206,14 @@ def test_dampening_a_language_model(tiny: TinyJob, tmp_path, capsys):
     assert all((after[name].abs() <= before[name].abs()).all() for name in before)
     assert found["update_norm"] == pytest.approx(distance(tmp_path / "out" / "checkpoint", tiny.model), rel=1e-5)
     assert "ssd: 1 steps, 0 products" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_fresh_adapter_has_nothing_to_dampen(tiny: TinyJob, tmp_path, capsys):
+    """Its B is zero, and with it the gradient of A: no weight changes, and none is said to."""
+    adapter = "model.adapter={name: lora, rank: 2, alpha: 4, target_modules: [q_proj]}"
+    outcome = succeed(capsys, language(tiny, "run", tmp_path / "out", SSD, adapter))
+    assert "round 1: dampened: 0 weights" in outcome.out
+    assert record_of(tmp_path / "out")["rounds"][0]["update_norm"] == 0.0
 
 
 def test_dampening_images_in_rounds(digits: Path, tmp_path, capsys):
