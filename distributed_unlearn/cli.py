@@ -1,4 +1,4 @@
-"""The command line: `distributed-unlearn run | plan | check | submit | demo`, and those of the service.
+"""The command line: `distributed-unlearn run | plan | check | evaluate | submit | demo`, and those of the service.
 
 Exit codes: 0 done; 1 a bug of ours (with traceback); 2 wrong usage; 3 configuration; 4 data; 5 model;
 6 resources; 7 numerics; 8 a worker failed; 9 a check failed; 10 done and written, but what was measured is not that
@@ -26,7 +26,7 @@ from distributed_unlearn.commands.service_arguments import (
     run_service_command,
 )
 from distributed_unlearn.commands.submit import add_submit, run_submit
-from distributed_unlearn.config import ClusterConfig, ModelTask, load_job, parse_cluster
+from distributed_unlearn.config import ClusterConfig, ModelTask, load_evaluation, load_job, parse_cluster
 from distributed_unlearn.errors import ConfigError, UserError, WorkerError
 from distributed_unlearn.version import __version__
 
@@ -65,10 +65,17 @@ def _parser() -> argparse.ArgumentParser:
                 help=f"end with exit code 0, not {INCOMPLETE}, where not everything is forgotten or the rest not kept",
             )
     add_submit(commands)
+    _add_evaluate(commands)
     _add_demo(commands)
     _add_check(commands)
     add_service_commands(commands)
     return parser
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = commands.add_parser("evaluate", help="measure what a checkpoint still knows, whoever made it")
+    evaluate.add_argument("evaluation", type=Path, help="evaluation file (YAML)")
+    evaluate.add_argument("overrides", nargs="*", help="section.key=value")
 
 
 def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -174,6 +181,10 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
 
             if not run_command(job, console) and not arguments.allow_incomplete:
                 return INCOMPLETE
+    elif arguments.command == "evaluate":
+        from distributed_unlearn.commands.evaluate import run_evaluate_command
+
+        run_evaluate_command(load_evaluation(arguments.evaluation, arguments.overrides), console)
     elif arguments.command in SERVICE_COMMANDS:
         run_service_command(arguments, console)
     elif arguments.command == "submit":

@@ -183,19 +183,24 @@ def write_text(path: Path, text: str) -> None:
     _write_complete(path, text, 0o666)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write content as it is; the file is complete or as before."""
+    _write_complete(path, content, 0o666)
+
+
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read."""
     _write_complete(path, text + "\n", 0o600)
 
 
-def _write_complete(path: Path, text: str, mode: int) -> None:
+def _write_complete(path: Path, content: str | bytes, mode: int) -> None:
     """Write a file that is complete or as before, whatever happens: aside, flushed, then renamed."""
     _remove_stale(path)
     staging = _staging(path)
     descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            handle.write(text)
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(content.encode() if isinstance(content, str) else content)
             handle.flush()
             os.fsync(handle.fileno())
         staging.replace(path)

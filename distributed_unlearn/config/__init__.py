@@ -2,8 +2,25 @@
 
 from distributed_unlearn.config.base import StrictModel
 from distributed_unlearn.config.dampening import SsdConfig
+from distributed_unlearn.config.evaluate import (
+    DepthConfig,
+    EvaluateConfig,
+    GenerationConfig,
+    MetricGroup,
+    PerturbedConfig,
+    QuantiseConfig,
+    RelearnConfig,
+    StressConfig,
+)
 from distributed_unlearn.config.job import JobConfig
-from distributed_unlearn.config.load import apply_overrides, load_job, parse_cluster, parse_job
+from distributed_unlearn.config.load import (
+    apply_overrides,
+    load_evaluation,
+    load_job,
+    parse_cluster,
+    parse_evaluation,
+    parse_job,
+)
 from distributed_unlearn.config.methods import (
     AdamWConfig,
     BaseSolverConfig,
@@ -49,17 +66,24 @@ __all__ = [
     "CurvatureConfig",
     "DampedNewtonConfig",
     "DataConfig",
+    "DepthConfig",
     "ErasedConfig",
+    "EvaluateConfig",
     "EvaluationConfig",
     "FirstOrderConfig",
+    "GenerationConfig",
     "JobConfig",
     "LoraAdapter",
+    "MetricGroup",
     "ModelConfig",
     "ModelTask",
     "NamedObjectiveConfig",
     "ObjectiveConfig",
+    "PerturbedConfig",
     "PinvNewtonConfig",
     "PublishedConfig",
+    "QuantiseConfig",
+    "RelearnConfig",
     "RetrainConfig",
     "RmuConfig",
     "SCureNewtonConfig",
@@ -72,12 +96,15 @@ __all__ = [
     "SsdConfig",
     "SteppingConfig",
     "StopConfig",
+    "StressConfig",
     "StrictModel",
     "TrainConfig",
     "TrainingSettings",
     "apply_overrides",
+    "load_evaluation",
     "load_job",
     "parse_cluster",
+    "parse_evaluation",
     "parse_job",
     "stepping_methods",
 ]

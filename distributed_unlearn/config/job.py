@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from distributed_unlearn.config.agreement import require_records_of_task
 from distributed_unlearn.config.base import PathText, StrictModel
 from distributed_unlearn.config.methods import BaseSolverConfig, SCureNewtonConfig
 from distributed_unlearn.config.objective import ObjectiveConfig
@@ -60,7 +61,7 @@ class JobConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "JobConfig":
-        self._require_records_of_task()
+        require_records_of_task(self.model, self.data, (self.forget, self.holdout, *(self.rounds or ())))
         self._require_objective_of_method()
         if self.forget is not None and self.rounds is not None:
             raise ValueError("both forget and rounds are given; a single round is `forget`, several are `rounds`")
@@ -86,19 +87,6 @@ class JobConfig(StrictModel):
         if self.trains and self.cluster.gpus_per_worker < 1 and self.cluster.use_gpu != "never":
             raise ValueError("training needs a whole GPU for every worker; set cluster.gpus_per_worker to 1")
         return self
-
-    def _require_records_of_task(self) -> None:
-        task, data = self.model.task, self.data
-        wanted = {"sequence_classification": "classification", "image_classification": "image"}.get(task)
-        if wanted is not None and data.format != wanted:
-            raise ValueError(f"data.format {data.format} with model.task {task}, which needs data.format {wanted}")
-        if wanted is None and data.format == "image":
-            raise ValueError("data.format image needs model.task image_classification")
-        if wanted is not None and "prompt_template" in data.model_fields_set:
-            raise ValueError(f"data.prompt_template has no meaning with model.task {task}; remove it")
-        selections = (self.forget, self.holdout, *(self.rounds or ()))
-        if wanted is None and any(selection is not None and selection.classes for selection in selections):
-            raise ValueError("classes select records of a classifier; set model.task, or select in another way")
 
     def _require_objective_of_method(self) -> None:
         solver, objective = self.solver, self.objective

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from distributed_unlearn.config.evaluate import EvaluateConfig
 from distributed_unlearn.config.job import JobConfig
 from distributed_unlearn.config.sections import ClusterConfig
 from distributed_unlearn.config.solver import methods_with
@@ -161,3 +162,24 @@ def load_job(path: Path, overrides: list[str]) -> JobConfig:
         ConfigError: a file that is missing or cannot be read, bad YAML, or a refused key or value.
     """
     return parse_job(read_tree(path, overrides, "job file"), str(path))
+
+
+def parse_evaluation(tree: dict[str, Any], source: str) -> EvaluateConfig:
+    """Validate an evaluation given as nested dictionaries.
+
+    Raises:
+        ConfigError: every complaint of the validation, with the dotted key.
+    """
+    try:
+        return EvaluateConfig.model_validate(tree)
+    except ValidationError as error:
+        raise refusal(error, source, "evaluation") from error
+
+
+def load_evaluation(path: Path, overrides: list[str]) -> EvaluateConfig:
+    """Read an evaluation file, apply overrides, validate.
+
+    Raises:
+        ConfigError: a file that is missing or cannot be read, bad YAML, or a refused key or value.
+    """
+    return parse_evaluation(read_tree(path, overrides, "evaluation file"), str(path))

@@ -23,10 +23,15 @@ from distributed_unlearn.engine.create import create_checkpoint
 from distributed_unlearn.engine.dampening import Dampening
 from distributed_unlearn.engine.evidence import gather_evidence, score_records
 from distributed_unlearn.engine.export import export_model
+from distributed_unlearn.engine.generate import generate
+from distributed_unlearn.engine.kept_weights import KeptWeights
 from distributed_unlearn.engine.model import OpenedModel, adopt_model, open_model
 from distributed_unlearn.engine.oracle import ShardedOracle
 from distributed_unlearn.engine.partitions import load_model, prepare_deepspeed
+from distributed_unlearn.engine.probe import probe
+from distributed_unlearn.engine.quantise import quantise
 from distributed_unlearn.engine.round_state import load_round, restore_start, save_round
+from distributed_unlearn.engine.survey import gather_survey
 from distributed_unlearn.engine.training import Trainer
 from distributed_unlearn.models.adapters import InsertedAdapter
 from distributed_unlearn.models.families import family_of
@@ -46,6 +51,7 @@ from distributed_unlearn.workers.messages import (
     TrainingPlan,
     TrainingSpec,
 )
+from distributed_unlearn.workers.survey import GreedySpec, ProbeHits, ProbeSpec, Survey, TokenRows
 
 
 def quiet_libraries() -> None:
@@ -70,6 +76,7 @@ class Worker:
         self._dampening: Dampening | None = None
         self._initial: torch.Tensor | None = None
         self._round_start: torch.Tensor | None = None
+        self._reference: KeptWeights | None = None
         self._trainer: Trainer | None = None
         self._trained: tuple[TrainingSpec, InsertedAdapter | None] | None = None
 
@@ -140,6 +147,38 @@ class Worker:
         assert self._corpus is not None
         found = gather_evidence(self.opened, self._corpus, indices, micro_batch_size)
         return found if self.communicator.rank == 0 else None
+
+    # -- evaluation ---------------------------------------------------------------------------------------
+
+    def keep_reference(self) -> None:
+        """Keep the opened model's weights on the host, to compare models that are opened later; not collective."""
+        self._reference = KeptWeights(self.opened)
+
+    def drop_reference(self) -> None:
+        """Forget the reference; not collective."""
+        self._reference = None
+
+    def survey(self, indices: Indices, micro_batch_size: int, against_reference: bool) -> Survey | None:
+        """What every prediction of some records is like; rank 0 returns it."""
+        assert self._corpus is not None and (self._reference is not None or not against_reference)
+        reference = self._reference if against_reference else None
+        found = gather_survey(self.opened, self._corpus, indices, micro_batch_size, reference)
+        return found if self.communicator.rank == 0 else None
+
+    def generate(self, prompts: TokenRows, spec: GreedySpec) -> TokenRows | None:
+        """Greedy continuations; rank 0 returns them."""
+        found = generate(self.opened, prompts, spec)
+        return found if self.communicator.rank == 0 else None
+
+    def probe(self, spec: ProbeSpec) -> ProbeHits | None:
+        """Linear probes of hidden states; rank 0 returns where they were right."""
+        assert self._corpus is not None
+        found = probe(self.opened, self._corpus, spec)
+        return found if self.communicator.rank == 0 else None
+
+    def quantise(self, bits: int, group_size: int) -> int:
+        """Round the opened weights in place; how many."""
+        return quantise(self.opened, bits, group_size)
 
     # -- rounds -------------------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ from distributed_unlearn.models.base_of_adapter import opened_as
 from distributed_unlearn.models.hub_errors import unreadable
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+Tokenizer = PreTrainedTokenizerBase
+"""What `load_tokenizer` returns, for units that must not know transformers."""
 
 
 def tokenizer_source(config: ModelConfig) -> ModelConfig:

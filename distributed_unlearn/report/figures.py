@@ -47,13 +47,14 @@ def find_retrained(rows: Sequence[MethodRow]) -> MethodRow | None:
     return next((row for row in rows if row.name.lower().startswith("retrained")), None)
 
 
-def _tidy(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
+def tidy(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
+    """No frame above and to the right, and light lines along one axis."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
     """The figure as text, the same for the same data."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure)  # needs no display and leaves pyplot's global state alone
@@ -114,7 +115,7 @@ def _memorisation(rows: Sequence[MethodRow]) -> Picture:
         "A good unlearned model has a short forget bar, about as long as its holdout bar, and a retain bar as long as "
         f"before.{dashed}",
         f"Share of answer tokens memorised. {'; '.join(parts)}.",
-        _svg(draw_memorisation(rows)),
+        svg_text(draw_memorisation(rows)),
     )
 
 
@@ -139,7 +140,7 @@ def _closeness(rows: Sequence[MethodRow]) -> Picture:
         "The longer the bar, the more the model is like one that was trained without the forgotten records; 1 is "
         "indistinguishable on these sets.",
         f"Tug-of-War. {'; '.join(parts)}.",
-        _svg(draw_closeness(rows)),
+        svg_text(draw_closeness(rows)),
     )
 
 
@@ -152,7 +153,7 @@ def _bars(rows: Sequence[MethodRow], bars_per_row: int) -> tuple[Figure, Axes]:
     axes.set_xlim(0.0, 1.12)
     axes.set_xticks([0.0, 0.5, 1.0])
     axes.tick_params(axis="x", labelsize=8)
-    _tidy(axes, grid="x")
+    tidy(axes, grid="x")
     return figure, axes
 
 
@@ -242,7 +243,7 @@ def steps_pictures(steps: Sequence[StepRecord]) -> list[Picture]:
             panel.title,
             panel.help + crosses,
             f"{panel.title}, {panel.unit}, over {len(steps)} steps. {' '.join(map(_in_words, panel.curves))}",
-            _svg(_draw_panel(steps, panel)),
+            svg_text(_draw_panel(steps, panel)),
         )
         for panel in _panels(steps)
     ]
@@ -273,7 +274,7 @@ def _draw_panel(steps: Sequence[StepRecord], panel: _Panel) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(panel.curves) > 1:
         axes.legend(frameon=False, fontsize=8)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 

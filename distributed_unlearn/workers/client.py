@@ -24,6 +24,7 @@ from distributed_unlearn.workers.messages import (
     TrainingPlan,
     TrainingSpec,
 )
+from distributed_unlearn.workers.survey import GreedySpec, ProbeHits, ProbeSpec, Survey, TokenRows
 
 Answer = TypeVar("Answer")
 
@@ -83,6 +84,32 @@ class Workers:
     def evidence(self, indices: Indices, micro_batch_size: int) -> PredictionEvidence:
         """Teacher-forced evidence of every prediction at the current weights, sorted by record."""
         return self._first(PredictionEvidence, "evidence", indices, micro_batch_size)
+
+    # -- evaluation ---------------------------------------------------------------------------------------
+
+    def keep_reference(self) -> None:
+        """Keep the opened model's weights on the hosts, to compare models that are opened later."""
+        self._group.call_all("keep_reference")
+
+    def drop_reference(self) -> None:
+        """Forget the reference."""
+        self._group.call_all("drop_reference")
+
+    def survey(self, indices: Indices, micro_batch_size: int, against_reference: bool) -> Survey:
+        """What every prediction of some records is like, sorted by record."""
+        return self._first(Survey, "survey", indices, micro_batch_size, against_reference)
+
+    def generate(self, prompts: TokenRows, spec: GreedySpec) -> TokenRows:
+        """Greedy continuations, in the order of the prompts."""
+        return self._first(TokenRows, "generate", prompts, spec)
+
+    def probe(self, spec: ProbeSpec) -> ProbeHits:
+        """Linear probes of hidden states at the current weights."""
+        return self._first(ProbeHits, "probe", spec)
+
+    def quantise(self, bits: int, group_size: int) -> int:
+        """Round the opened weights in place; returns how many."""
+        return self._first(int, "quantise", bits, group_size)
 
     # -- rounds -------------------------------------------------------------------------------------------
 

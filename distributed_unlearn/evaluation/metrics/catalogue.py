@@ -138,6 +138,15 @@ DEPTH = MetricDefinition(
     "no longer tells them.",
     "reference",
 )
+CLASS_LOSS = MetricDefinition(
+    "loss", "loss", "How surprised the model is by the true class; 0 is certain.", "reference", "nats per record"
+)
+CLASS_PROBABILITY = MetricDefinition(
+    "probability", "class probability", "How likely the model makes the true class; 1 is certain.", "reference"
+)
+ACCURACY = MetricDefinition(
+    "exact_memorisation", "accuracy", "The share of records whose class the model gets right.", "reference"
+)
 METRICS = (
     LOSS,
     PROBABILITY,
@@ -157,4 +166,7 @@ METRICS = (
     JENSEN_SHANNON,
     HOLDOUT_DISTANCE,
     DEPTH,
+    CLASS_LOSS,
+    CLASS_PROBABILITY,
+    ACCURACY,
 )
