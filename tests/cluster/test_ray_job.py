@@ -135,7 +135,7 @@ def test_prometheus_reads_the_steps_and_every_worker_logs_its_rank(head: Head, j
 
     arguments = (str(job), *settings, "--id", "measured-1", "--follow", "--python", sys.executable, "--ship-code")
     with submit(head, tmp_path / "client", *arguments) as running:
-        running.wait_until(read, 600)
+        running.wait_until(lambda: read() and '"event": "step"' in running.out, 600)
         running.process.send_signal(signal.SIGINT)
         running.wait(60)
     assert ended(head, tmp_path / "stop", "--id", "measured-1", "--stop").process.returncode == 0
