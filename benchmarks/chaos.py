@@ -15,6 +15,7 @@ anything was violated.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -60,8 +61,12 @@ def _preload() -> None:
     import distributed_unlearn.commands.request
     import distributed_unlearn.commands.rounds
     import distributed_unlearn.commands.verify  # noqa: F401
+    from distributed_unlearn.report import figures
 
+    figures._svg = lambda figure: "<svg/>"  # half of a tiny pass; it writes nothing by itself
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
 
 
 def _kill(name: str, folder: Path, counts: Counts, seed: int, short: bool) -> str | None:
@@ -162,6 +167,7 @@ def main() -> int:
     scratch = folder / "tmp"
     scratch.mkdir(parents=True)
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torch")  # else torch makes one where we look for leftovers
     adopt_orphans()
     _preload()
     machine = {"processors": os.cpu_count(), "machine": platform.platform(), "versions": package_versions()}

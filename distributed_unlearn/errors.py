@@ -56,10 +56,11 @@ class WorkerError(UserError):
 
     exit_code, kind = 8, "worker"
 
-    def __init__(self, got: str, expected: str, remedy: str, worker_traceback: str = "") -> None:
+    def __init__(self, got: str, expected: str, remedy: str, worker_traceback: str = "", raised: bool = False) -> None:
+        """`raised`: a worker's program ended with an error, which other workers would repeat; else one was lost."""
         super().__init__(got, expected, remedy)
-        self.args = (got, expected, remedy, worker_traceback)
-        self.worker_traceback = worker_traceback
+        self.args = (got, expected, remedy, worker_traceback, raised)
+        self.worker_traceback, self.raised = worker_traceback, raised
 
 
 class CheckFailedError(UserError):

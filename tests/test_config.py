@@ -294,6 +294,7 @@ def test_messages_never_repeat_the_given_value():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("? [solver]\n: {max_steps: 3}\n", "line 1: found unhashable key"),
         ("solver: {max_steps: 3}\nsolver: {max_steps: 4}\n", "line 2: a key that is given twice"),
         ("solver: {max_steps: 3, max_steps: 4}\n", "line 1: a key that is given twice"),
         ("a: " + "[" * 500 + "]" * 500, "nested too deeply"),

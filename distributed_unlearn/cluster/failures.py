@@ -76,12 +76,14 @@ def call_failure(error: RayError, rank: int, method: str) -> UserError:
             "run again",
             worker_traceback=error.worker_traceback,
         )
-    what = "raised an error" if isinstance(error, RayTaskError) else "died"
+    raised = isinstance(error, RayTaskError)
+    what = "raised an error" if raised else "died"
     return WorkerError(
         f"worker {rank}, which {what} during '{method}' ({last_line(error)})",
         "every worker to finish the call",
         "see the worker's traceback above; nothing was written, so the job can simply be run again",
         worker_traceback=str(error),
+        raised=raised,
     )
 
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import os
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +13,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distributed_unlearn.cluster.actor import Placement, RankActor
 from distributed_unlearn.cluster.authentication import ray_address
-from distributed_unlearn.cluster.failures import call_failure, first_cause, states
+from distributed_unlearn.cluster.failures import SilentWorkerError, call_failure, first_cause, states
+from distributed_unlearn.cluster.leftovers import end_leftovers
 from distributed_unlearn.cluster.pulse import HEAD_SECONDS, LOCAL_HEAD_SECONDS, HeadPulse, WorkerPulse
 from distributed_unlearn.config import ClusterConfig
 from distributed_unlearn.engine.communicator import RankSpec
@@ -205,7 +204,7 @@ class RayWorkerGroup:
                     found[ref] = ray.get(ref)
                 except RayError as error:
                     cause, rank = first_cause(error, refs.index(ref), refs, self._actors)
-                    self.shutdown()
+                    self.shutdown(silent=isinstance(cause, SilentWorkerError))
                     raise call_failure(cause, rank, method) from None
         return [found[ref] for ref in refs]
 
@@ -216,23 +215,24 @@ class RayWorkerGroup:
             if self._pulse is not None:
                 self._pulse.check(method)
         except WorkerError:
-            self.shutdown()
+            self.shutdown(silent=True)
             raise
 
     def _hung(self, method: str) -> WorkerError:
         """Ask every actor what it is doing, name the silent ones, end all."""
         answers = "; ".join(states(self._actors))
-        self.shutdown()
+        self.shutdown(silent=True)
         return WorkerError(
             f"a call of '{method}' that took over {self._config.call_timeout_seconds:g} s ({answers})",
             "an answer of every worker in that time",
             "raise cluster.call_timeout_seconds if the call is rightly that long, else look at the silent worker",
         )
 
-    def shutdown(self) -> None:
+    def shutdown(self, silent: bool = False) -> None:
         """End all workers and give their place back; safe to call twice.
 
-        Raises nothing, since another error is often on its way: what cannot be ended is logged.
+        Raises nothing, since another error is often on its way: what cannot be ended is logged. `silent`: one did not
+        answer, so that every node is looked at for processes that Ray cannot end.
         """
         actors, self._actors = self._actors, []
         if not ray.is_initialized():
@@ -242,26 +242,16 @@ class RayWorkerGroup:
                 ray.kill(actor, no_restart=True)
         self._give_place_back()
         with _logged("look for workers that outlived their end"):
-            self._end_leftovers()
+            if self._head.is_gone:
+                end_leftovers(self._placements, everywhere=False, patience_seconds=0.0)
+            else:
+                end_leftovers(self._placements, everywhere=silent, patience_seconds=5.0)
 
     def _give_place_back(self) -> None:
         place, self._placement_group = self._placement_group, None
         if place is not None and not self._head.is_gone:  # else Ray waits for a head, and then aborts this process
             with _logged("give the workers' place back"):
                 remove_placement_group(place)
-
-    def _end_leftovers(self) -> None:
-        """Kill processes of this node that outlived `ray.kill` (a stopped process does; ray issue 52322)."""
-        if not self._placements:
-            return
-        here = ray.get_runtime_context().get_node_id()
-        local = [placement.process_id for placement in self._placements if placement.node_id == here]
-        deadline = time.monotonic() + (0 if self._head.is_gone else 5)
-        while (local := [pid for pid in local if _is_rank_actor(pid)]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for pid in local:
-            with contextlib.suppress(ProcessLookupError):  # ended since it was last looked at
-                os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -271,12 +261,3 @@ def _logged(action: str) -> Iterator[None]:
         yield
     except Exception as error:
         _log.warning("could not %s: %s", action, error)
-
-
-def _is_rank_actor(process_id: int) -> bool:
-    """Whether the process still runs and is one of ours (its id may have been given to another)."""
-    try:
-        with open(f"/proc/{process_id}/cmdline", "rb") as handle:
-            return b"RankActor" in handle.read()
-    except OSError:
-        return False

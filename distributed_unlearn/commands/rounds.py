@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -21,6 +24,8 @@ from distributed_unlearn.service.opening import opened
 from distributed_unlearn.service.overview import waiting
 from distributed_unlearn.service.schedule import cron_trigger, take_tick
 
+_STDIN = 0
+
 
 def run_rounds(arguments: argparse.Namespace, console: Console) -> None:
     """Carry out one of the actions.
@@ -38,6 +43,8 @@ def run_rounds(arguments: argparse.Namespace, console: Console) -> None:
 
         run_schedule(config, arguments.service, arguments.overrides, console)
         return
+    if arguments.end_with_stdin:
+        threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
     with opened(config) as service:
         if arguments.tick is not None and not take_tick(service.ledger, service.held.lease, arguments.tick):
             print_line(console, f"tick {arguments.tick} was taken before; nothing was done")
@@ -47,6 +54,13 @@ def run_rounds(arguments: argparse.Namespace, console: Console) -> None:
             use_json_lines(rank=None)
         found = run_pass(service, lambda job: run_job(job, events, queue=lambda: waiting(service.ledger)).record)
     tell(found, console)
+
+
+def _end_with_stdin() -> None:
+    """End this process in order, as a signal would, once nobody holds the other end of its standard input."""
+    while os.read(_STDIN, 1024):  # not by `sys.stdin`, whose lock would be held while Python shuts down
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _print_manifest(config: ServiceConfig, arguments: argparse.Namespace, console: Console) -> None:

@@ -1,13 +1,12 @@
 """`run`: unlearn, or train where the job has a `train` section; prints what happens and how it ended."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 from rich.console import Console
 
 from distributed_unlearn.cluster.open import open_group
 from distributed_unlearn.commands.console_events import ConsoleEvents, print_line
 from distributed_unlearn.commands.observed_events import ObservedEvents, Queue
 from distributed_unlearn.config import JobConfig
+from distributed_unlearn.errors import WorkerError
 from distributed_unlearn.logs import use_json_lines
 from distributed_unlearn.records import RunRecord, SurvivingUpdate
 from distributed_unlearn.records.verdict import SURVIVAL_LEVEL, UNKNOWN
@@ -15,7 +14,7 @@ from distributed_unlearn.report.tables import comparison_table
 from distributed_unlearn.rounds.events import RunEvents, Unwatched
 from distributed_unlearn.rounds.folder import claimed, output_folder
 from distributed_unlearn.rounds.pending import settle
-from distributed_unlearn.rounds.preparation import prepare_run
+from distributed_unlearn.rounds.preparation import PreparedRun, after_loss, prepare_run
 from distributed_unlearn.rounds.report import Report, write_report
 from distributed_unlearn.rounds.session import run_session
 from distributed_unlearn.workers.group import WorkerGroup
@@ -41,14 +40,37 @@ def run_job(
     with claimed(folder):
         watcher = ObservedEvents(Unwatched() if events is None else events, queue)
         run = prepare_run(job, folder, watcher)
-        if not run.is_done:
-            opened: AbstractContextManager[WorkerGroup]
-            opened = open_group(job.cluster) if group is None else nullcontext(group)
-            with opened as workers:
-                run_session(workers, run, watcher)
+        if group is not None and not run.is_done:
+            run_session(group, run, watcher)
+        elif not run.is_done:
+            _run_on_own_workers(run, watcher)
         report = write_report(folder)
         settle(folder)
         return report
+
+
+def _run_on_own_workers(run: PreparedRun, events: RunEvents) -> None:
+    """Run on workers that the job's `cluster` asks for, and on new ones where some were lost and a state was saved.
+
+    Raises:
+        WorkerError: a worker raised an error; or some were lost `cluster.max_restarts` times before, or at the same
+            step again.
+        UserError: anything else that the user can act on; nothing is left half-written.
+    """
+    cluster, restarts = run.job.cluster, 0
+    while True:
+        try:
+            with open_group(cluster) as workers:
+                run_session(workers, run, events)
+            return
+        except WorkerError as error:
+            going_on = None if error.raised or restarts == cluster.max_restarts else after_loss(run)
+            if going_on is None or going_on.found is None:
+                raise
+            run, restarts, steps = going_on, restarts + 1, len(going_on.found.state.steps)
+            events.note(
+                f"{error.got}: restart {restarts} of {cluster.max_restarts}, on new workers, after step {steps}"
+            )
 
 
 def run_command(job: JobConfig, console: Console) -> bool:

@@ -69,10 +69,13 @@ class Passes:
             return
         print_line(self._console, f"{due.tick or 'between ticks'}: {due.why}")
         tick = [] if due.tick is None else ["--tick", due.tick]
-        self._child = subprocess.Popen([*self._command, *tick])
+        # The pipe ends with this process, however it ends, and the pass with the pipe.
+        self._child = subprocess.Popen([*self._command, *tick, "--end-with-stdin"], stdin=subprocess.PIPE)
         if self._ended:  # by a signal that came while it was started
             self._child.terminate()
         code = self._child.wait()
+        assert self._child.stdin is not None
+        self._child.stdin.close()
         self._child = None
         print_line(self._console, f"the pass ended with exit code {code}")
 

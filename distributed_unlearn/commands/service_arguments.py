@@ -30,6 +30,8 @@ def _add_rounds(commands: "Commands[argparse.ArgumentParser]") -> None:
     actions = commands.add_parser("rounds", help="rounds of the service").add_subparsers(dest="action", required=True)
     once = actions.add_parser("run-once", help="run one round over the pending requests; commit it or roll it back")
     once.add_argument("--tick", help="run only if this tick (YYYYMMDDTHHMMSSZ) and no later one was taken before")
+    # For `rounds schedule`: a pass must not outlive the scheduler that began it.
+    once.add_argument("--end-with-stdin", action="store_true", help=argparse.SUPPRESS)
     schedule = actions.add_parser("schedule", help="run rounds at their time, until a signal ends it")
     manifest = actions.add_parser("manifest", help="print a systemd unit, or a Kubernetes CronJob for KubeRay")
     manifest.add_argument("--kind", choices=("systemd", "kubernetes"), required=True)

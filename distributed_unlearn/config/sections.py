@@ -198,6 +198,10 @@ class ClusterConfig(StrictModel):
     """A collective that waits longer than this has lost a peer; ranks may load and write at different speeds."""
     call_timeout_seconds: float = Field(default=3600.0, gt=0.0, le=1e7)
     """A worker call that takes longer than this has hung."""
+    max_restarts: int = Field(default=3, ge=0, le=1000)
+    """How often a round goes on by itself, on new workers in a new place, after some were lost with their node, killed
+    or fell silent. From its last state (save.state_every_steps, save.state_every_seconds), if it has saved one since
+    it began or was restarted: what fails twice at the same step ends the run, as does an error that a worker raised."""
 
     @model_validator(mode="after")
     def _one_process(self) -> "ClusterConfig":

@@ -1,6 +1,6 @@
 """A job made ready: refused where it can be, its records read, its base hashed; then what a run works with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from distributed_unlearn.rounds.events import RunEvents
 from distributed_unlearn.rounds.folder import output_folder
 from distributed_unlearn.rounds.origin import Origin, find_origin
 from distributed_unlearn.rounds.pending import complete_result, pending_result
-from distributed_unlearn.rounds.state import FoundState, find_state, forget_state, has_state, job_hash
+from distributed_unlearn.rounds.state import FoundState, find_state, forget_state, has_state, job_hash, newest_state
 from distributed_unlearn.workers.client import Workers
 
 
@@ -34,6 +34,8 @@ class PreparedRun:
     """See `job_hash`."""
     found: FoundState | None
     """Where an interrupted run of this job was, if the job asks to go on from there."""
+    newest: tuple[str, int] | None = None
+    """The newest state in the folder at the start, see `newest_state`."""
     is_done: bool = False
     """A run of this job ended with its checkpoint in place: the record is there by now, the report is to be drawn."""
 
@@ -120,7 +122,20 @@ def prepare_run(job: JobConfig, folder: Path, events: RunEvents) -> PreparedRun:
         forget_state(folder)
         return PreparedRun(job, data, origin, folder, job_sha256, None, is_done=True)
     refuse_existing(folder / "checkpoint", job.overwrite)
-    return PreparedRun(job, data, origin, folder, job_sha256, _find_state(job, folder, job_sha256, events))
+    found = _find_state(job, folder, job_sha256, events)
+    return PreparedRun(job, data, origin, folder, job_sha256, found, newest_state(folder))
+
+
+def after_loss(run: PreparedRun) -> PreparedRun | None:
+    """The run as it goes on after its workers were lost; None where it has saved no state since it began.
+
+    Raises:
+        DataError: the state is damaged.
+    """
+    newest = newest_state(run.folder)
+    if newest is None or newest == run.newest:
+        return None
+    return replace(run, found=find_state(run.folder, run.job_sha256, run.job.cluster.num_workers), newest=newest)
 
 
 def _find_state(job: JobConfig, folder: Path, job_sha256: str, events: RunEvents) -> FoundState | None:

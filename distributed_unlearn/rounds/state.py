@@ -76,6 +76,12 @@ def has_state(output: Path) -> bool:
     return bool(_saved(output))
 
 
+def newest_state(output: Path) -> tuple[str, int] | None:
+    """Name of the newest state in the folder and when it was written, which tell it from every other; or None."""
+    saved = _saved(output)
+    return (saved[-1][2].name, saved[-1][2].stat().st_mtime_ns) if saved else None
+
+
 def find_state(output: Path, job_sha256: str, world_size: int) -> FoundState | None:
     """The newest state in an output folder, if there is one; checked to be whole and of this job.
 

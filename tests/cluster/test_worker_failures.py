@@ -20,7 +20,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from distributed_unlearn.cluster import failures, pulse, worker_group
+from distributed_unlearn.cluster import failures, leftovers, pulse, worker_group
 from distributed_unlearn.cluster.actor import Placement
 from distributed_unlearn.cluster.failures import PATIENCE_SECONDS, SilentWorkerError, call_failure, first_cause, states
 from distributed_unlearn.cluster.pulse import HEAD_SECONDS, LOCAL_HEAD_SECONDS, HeadPulse, WorkerPulse
@@ -231,8 +231,8 @@ def test_without_a_head_nothing_is_asked_of_it(monkeypatch, fake):
     fake.kill = lambda *arguments, **options: pytest.fail("asks the head")
     monkeypatch.setattr(worker_group, "remove_placement_group", fake.kill)
     monkeypatch.setattr(pulse.socket, "create_connection", refuse)
-    monkeypatch.setattr(worker_group, "_is_rank_actor", lambda pid: True)
-    monkeypatch.setattr(worker_group.os, "kill", lambda pid, number: killed.append(pid))
+    monkeypatch.setattr(leftovers, "_is_rank_actor", lambda pid: True)
+    monkeypatch.setattr(leftovers.os, "kill", lambda pid, number: killed.append(pid))
     fake.get_runtime_context = lambda: SimpleNamespace(get_node_id=lambda: "a")
     group._placements, group._placement_group = [Placement("a", (), "10.0.0.1", 11)], object()
     with pytest.raises(WorkerError, match="head of the Ray cluster") as caught:
@@ -246,6 +246,7 @@ def _group(monkeypatch: pytest.MonkeyPatch, fake: FakeRay, actors: list[FakeActo
     fake.kill = lambda actor, no_restart: None
     for name in ("ray", "time"):
         monkeypatch.setattr(worker_group, name, fake)
+        monkeypatch.setattr(leftovers, name, fake)
     monkeypatch.setattr(RayWorkerGroup, "_reserve", lambda self: ({}, None))
     monkeypatch.setattr(RayWorkerGroup, "_start", lambda self, bundle, place: self._actors.extend(actors))
     return RayWorkerGroup(ClusterConfig(num_workers=len(actors), address="10.0.0.1:6379"))
@@ -298,9 +299,9 @@ def test_a_leftover_that_ends_by_itself_is_no_error(monkeypatch, fake):
     group = _group(monkeypatch, fake, [FakeActor(fake)])
     group._placements = [worker_group.Placement("a", (), "127.0.0.1", 123)]
     fake.get_runtime_context, fake.sleep = Context, sleep
-    monkeypatch.setattr(worker_group, "_is_rank_actor", lambda pid: True)
-    monkeypatch.setattr(worker_group.os, "kill", gone)
-    group._end_leftovers()
+    monkeypatch.setattr(leftovers, "_is_rank_actor", lambda pid: True)
+    monkeypatch.setattr(leftovers.os, "kill", gone)
+    leftovers.end_leftovers(group._placements, everywhere=False, patience_seconds=5.0)
     assert fake.now >= 5
 
 

@@ -1,14 +1,17 @@
 """The schedule: ticks in their time zone, each taken once, missed ones together; due dates that press; restarts."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from distributed_unlearn.commands import rounds
 from distributed_unlearn.config.service import RequestsConfig, ScheduleConfig, ServiceConfig
 from distributed_unlearn.errors import ConfigError, LeaseError
 from distributed_unlearn.service.lease import acquire
@@ -140,3 +143,20 @@ def test_the_scheduler_runs_passes_of_its_own_and_ends_with_a_signal(tmp_path):
         process.kill()
     assert process.returncode == 0 and "request 1 is due soon" in out
     assert verify_ledger(open_ledger(str(tmp_path / "service" / "ledger.db")), tmp_path / "service", []).broken is None
+
+
+def test_a_pass_ends_in_order_when_its_scheduler_is_gone(monkeypatch):
+    """The scheduler holds the other end of a pipe; the kernel closes it, however the scheduler ends."""
+    reading, writing = os.pipe()
+    asked: list[int] = []
+    monkeypatch.setattr(rounds, "_STDIN", reading)
+    monkeypatch.setattr(os, "kill", lambda process, number: asked.append(number))
+    watching = threading.Thread(target=rounds._end_with_stdin)
+    watching.start()
+    os.write(writing, b"x")
+    watching.join(0.2)
+    assert watching.is_alive() and asked == []
+    os.close(writing)
+    watching.join(30)
+    assert asked == [signal.SIGTERM]
+    os.close(reading)
