@@ -208,7 +208,7 @@ class Arena:
             self.wrong("`current` is not the ledger's current state")
         self._check_erased(ledger, entry)
         left = [p for p in self.root.rglob(".*") if p.is_dir() or not p.name.startswith("ledger")]
-        left += list(Path(os.environ["TMPDIR"]).iterdir())
+        left += [path for path in Path(os.environ["TMPDIR"]).iterdir() if not _compiler_check(path)]
         if left:
             self.wrong(f"left behind: {[str(path) for path in left]}")
 
@@ -254,3 +254,9 @@ class Arena:
                 expected = {k: v for k, v in json.loads(committed).items() if k.startswith("checkpoint/")}
                 if {f"checkpoint/{k}": v for k, v in json.loads(versions[0]).items()} != expected:
                     self.wrong(f"the reader saw another {state} than was committed")
+
+
+def _compiler_check(folder: Path) -> bool:
+    """Whether it is where DeepSpeed tried the C compiler when its process was killed; it holds an empty program."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return "test.c" in names and names <= {"test.c", "test.o", "stderr.txt", "a.out"}

@@ -64,7 +64,7 @@ class Postgres:
 
     @property
     def url(self) -> str:
-        return f"postgresql://postgres@/chaos?host={self.folder}"
+        return f"postgresql://postgres@/postgres?host={self.folder}"
 
     def call(self, program: str, *arguments: str) -> bool:
         command = [str(self.programs / program), *arguments]
@@ -96,7 +96,6 @@ def _postgres() -> Iterator[Postgres]:
         if not server.call("initdb", "-D", "data", "-U", "postgres", "-A", "trust", "-E", "UTF8"):
             raise MissingServerError("initdb failed")
         server.start()
-        server.call("createdb", "-h", str(folder), "-U", "postgres", "chaos")
         try:
             yield server
         finally:

@@ -28,6 +28,7 @@ from distributed_unlearn.commands.service_arguments import (
 from distributed_unlearn.commands.submit import add_submit, run_submit
 from distributed_unlearn.config import ClusterConfig, ModelTask, load_evaluation, load_job, parse_cluster
 from distributed_unlearn.errors import ConfigError, UserError, WorkerError
+from distributed_unlearn.files import unwritable
 from distributed_unlearn.version import __version__
 
 INCOMPLETE = 10
@@ -242,12 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _stops_in_order():
             return _dispatch(_parse(argv), console)
     except UserError as error:
-        if isinstance(error, WorkerError) and error.worker_traceback:
-            errors.print(error.worker_traceback, markup=False, highlight=False, soft_wrap=True)
-        errors.print(f"error ({error.kind}): got {error.got}", style="bold red", markup=False, soft_wrap=True)
-        errors.print(f"  expected: {error.expected}", markup=False, highlight=False, soft_wrap=True)
-        errors.print(f"  to fix it: {error.remedy}", markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
+        return _report(error, errors)
     except KeyboardInterrupt:
         _ignore_stops()
         errors.print("interrupted; nothing was left half-written", highlight=False)
@@ -257,6 +253,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             _ignore_stops()
             errors.print("terminated; nothing was left half-written", highlight=False)
         raise
+    except Exception as error:
+        if (refusal := unwritable(error)) is None:
+            raise  # a bug of ours
+        return _report(refusal, errors)
+
+
+def _report(error: UserError, errors: Console) -> int:
+    """Say what was refused, in three sentences; returns the exit code."""
+    if isinstance(error, WorkerError) and error.worker_traceback:
+        errors.print(error.worker_traceback, markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"error ({error.kind}): got {error.got}", style="bold red", markup=False, soft_wrap=True)
+    errors.print(f"  expected: {error.expected}", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"  to fix it: {error.remedy}", markup=False, highlight=False, soft_wrap=True)
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -6,19 +6,22 @@ old folder under its hidden name, `.NAME.replaced-*`. The papers that tell of a 
 moment as the result that they tell of: a folder can lack its record, but never stand beside another's.
 """
 
+import errno
 import glob
 import json
 import logging
 import os
 import platform
+import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distributed_unlearn.errors import ConfigError
+from distributed_unlearn.errors import ConfigError, ResourceError
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,6 +29,29 @@ _LOG = logging.getLogger(__name__)
 def expand_home(path: str) -> str:
     """`path` with a leading `~` as the home folder; every other path, and every hub name, as it is."""
     return os.path.expanduser(path)
+
+
+_REFUSED_WRITES = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+)
+
+
+def unwritable(error: Exception) -> ResourceError | None:
+    """The user's error behind one of the system: a disk that is full, broken or may not be written; None: another.
+
+    Libraries that write for us (safetensors) hide the system's number in their text, as `(os error 28)`.
+    """
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number is None or number not in _REFUSED_WRITES:
+        return None
+    place = getattr(error, "filename", None)
+    what = "a file that could not be written" if place is None else f"'{place}', which could not be written"
+    return ResourceError(
+        f"{what} ({os.strerror(number)})",
+        "a disk with room that this user can write",
+        "make room or change the permissions, and run the command again: nothing is half-written",
+    )
 
 
 def _flush(folder: Path) -> None:
@@ -89,6 +115,22 @@ def complete_folder(destination: Path, overwrite: bool, papers: Sequence[Path] =
         raise
     if old is not None:
         _remove_replaced(old)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder of the user's alone, removed with the block. It may hold rows of data while it lasts.
+
+    So what a process left that was killed in its block is removed before the next one.
+    """
+    base = Path(tempfile.gettempdir()) / "distributed-unlearn"
+    _remove_stale(base)
+    folder = _staging(base)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _swap(staging: Path, destination: Path, papers: Sequence[Path]) -> Path | None:

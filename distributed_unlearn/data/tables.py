@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import pyarrow.parquet
 
 from distributed_unlearn.config import DataConfig
 from distributed_unlearn.errors import ConfigError, DataError
+from distributed_unlearn.files import scratch_folder
 
 Row = Mapping[str, Any]
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
@@ -118,13 +118,13 @@ def open_rows(config: DataConfig) -> Iterator[Table]:
     """
     paths = [config.path] if isinstance(config.path, str) else list(config.path)
     local = [path for path in paths if _is_local(path)]
-    with tempfile.TemporaryDirectory(prefix="distributed-unlearn-") as cache, quiet_datasets():
+    with scratch_folder() as cache, quiet_datasets():
         if not local:
-            table = _hub_table(config, paths, cache)
+            table = _hub_table(config, paths, str(cache))
         elif len(local) < len(paths):
             raise ConfigError("data.path with files and names of the Hub", "one or the other", "load them in two jobs")
         else:
-            table = _local_table(config, paths, cache)
+            table = _local_table(config, paths, str(cache))
         if len(table) == 0:
             raise DataError(f"no rows in {_shown(config)}", "at least one record", "check data.path and data.split")
         yield table
