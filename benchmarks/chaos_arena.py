@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -258,5 +259,10 @@ class Arena:
 
 def _compiler_check(folder: Path) -> bool:
     """Whether it is where DeepSpeed tried the C compiler when its process was killed; it holds an empty program."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return "test.c" in names and names <= {"test.c", "test.o", "stderr.txt", "a.out"}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+    return re.fullmatch(r"tmp[a-z0-9_]{8}", folder.name) is not None and names <= {
+        "test.c",
+        "test.o",
+        "stderr.txt",
+        "a.out",
+    }

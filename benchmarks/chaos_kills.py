@@ -62,6 +62,8 @@ def askers(folder: Path, counts: Counts, most: int) -> None:
             if not arena.ask(Plan(fault_point=number)).killed:
                 break
             arena.killed("request add, fault points")
+        else:
+            arena.ask()
         arena.settle()
         arena.tally(reader.end())
         arena.known.discard(reader.process)

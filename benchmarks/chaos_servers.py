@@ -125,7 +125,10 @@ def _kill_database(arena: Arena, server: Postgres, seconds: float) -> None:
     log = arena.folder / "command.log"
     child = start(lambda: main(["rounds", "run-once", str(arena.file)]), log, Plan(), arena.root)
     time.sleep(seconds)
-    os.kill(server.process(), signal.SIGKILL)
+    postmaster = server.process()
+    os.kill(postmaster, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(postmaster, 0)  # ours by adoption; PostgreSQL takes a zombie for a server that runs
     ended = wait(child, log, Plan(), 120.0)
     if ended.code not in (0, 11) or "Traceback" in ended.log:
         arena.wrong(f"the database was killed, and the pass ended with {ended.code}: {ended.log[-600:]}")
