@@ -1,4 +1,4 @@
-"""The command line: `distributed-unlearn run | plan | check | evaluate | submit | demo`, and those of the service.
+"""The command line: `distributed-unlearn run | compare | report | plan | check | evaluate | submit | demo | ...`.
 
 Exit codes: 0 done; 1 a bug of ours (with traceback); 2 wrong usage; 3 configuration; 4 data; 5 model;
 6 resources; 7 numerics; 8 a worker failed; 9 a check failed; 10 done and written, but what was measured is not that
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             )
     add_submit(commands)
     _add_evaluate(commands)
+    _add_comparison(commands)
     _add_demo(commands)
     _add_check(commands)
     add_service_commands(commands)
@@ -77,6 +78,16 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     evaluate = commands.add_parser("evaluate", help="measure what a checkpoint still knows, whoever made it")
     evaluate.add_argument("evaluation", type=Path, help="evaluation file (YAML)")
     evaluate.add_argument("overrides", nargs="*", help="section.key=value")
+
+
+def _add_comparison(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    compare = commands.add_parser("compare", help="run methods and seeds on one base job and compare them")
+    compare.add_argument("comparison", type=Path, help="file of the comparison (YAML)")
+    compare.add_argument("overrides", nargs="*", help="key=value, e.g. seeds=[0] or job.cluster.num_workers=2")
+    report = commands.add_parser("report", help="figures of runs, comparisons and spectra on one page, and as data")
+    report.add_argument("folders", nargs="+", help="output folders of runs, of compare or of check spectrum")
+    report.add_argument("--output", default=None, help="folder to write; default: `report` in the first folder")
+    report.add_argument("--overwrite", action="store_true", help="replace the folder given by --output")
 
 
 def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -115,6 +126,14 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     curvature.add_argument("--sequence-length", type=_at_least("--sequence-length", 4), default=32)
     curvature.add_argument("--seed", type=_at_least("--seed", 0), default=0)
     curvature.add_argument("--backend", choices=("ray", "in_process"), default="ray")
+    spectrum = check.add_parser("spectrum", help="eigenvalues of the retain Hessian and its numerical rank")
+    spectrum.add_argument("job", type=Path, help="job file: its model, or with --epochs its training")
+    spectrum.add_argument("overrides", nargs="*", help="section.key=value; the result is written into `output`")
+    spectrum.add_argument("--epochs", default="", help="of a training job, e.g. 0,1,5; 0 is the model before it")
+    spectrum.add_argument("--max-records", type=_at_least("--max-records", 1), default=None)
+    spectrum.add_argument("--exact-up-to", type=_at_least("--exact-up-to", 0), default=5000, help="parameters")
+    spectrum.add_argument("--probes", type=_at_least("--probes", 1), default=4, help="random starts of the quadrature")
+    spectrum.add_argument("--lanczos-steps", type=_at_least("--lanczos-steps", 1), default=40)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -186,6 +205,8 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
         from distributed_unlearn.commands.evaluate import run_evaluate_command
 
         run_evaluate_command(load_evaluation(arguments.evaluation, arguments.overrides), console)
+    elif arguments.command in ("compare", "report"):
+        _compare_or_report(arguments, console)
     elif arguments.command in SERVICE_COMMANDS:
         run_service_command(arguments, console)
     elif arguments.command == "submit":
@@ -203,6 +224,8 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
             folder = arguments.output or Path("runs/demo_service")
             return 0 if run_service_demo(settings, cluster, folder, arguments.overwrite, console) else INCOMPLETE
         run_demo(settings, cluster, arguments.output or Path("runs/demo"), arguments.overwrite, console)
+    elif arguments.check == "spectrum":
+        _check_spectrum(arguments, console)
     else:
         from distributed_unlearn.commands.check import model_to_check, run_curvature_check
         from distributed_unlearn.workers.messages import CurvatureCheck
@@ -218,6 +241,35 @@ def _dispatch(arguments: argparse.Namespace, console: Console) -> int:
         model = model_to_check(arguments.model, arguments.task, arguments.adapter, arguments.dtype)
         run_curvature_check(model, arguments.dtype, _cluster(arguments, None), check, console)
     return 0
+
+
+def _compare_or_report(arguments: argparse.Namespace, console: Console) -> None:
+    if arguments.command == "report":
+        from distributed_unlearn.commands.report import run_report
+
+        run_report(arguments.folders, arguments.output, arguments.overwrite, console)
+        return
+    from distributed_unlearn.config.compare import load_compare
+
+    config = load_compare(arguments.comparison, arguments.overrides)
+    from distributed_unlearn.commands.compare import run_compare
+
+    run_compare(config, console)
+
+
+def _check_spectrum(arguments: argparse.Namespace, console: Console) -> None:
+    job = load_job(arguments.job, arguments.overrides)
+    from distributed_unlearn.commands.spectrum import read_epochs, run_spectrum
+    from distributed_unlearn.rounds.spectrum import SpectrumSettings
+
+    settings = SpectrumSettings(
+        epochs=read_epochs(arguments.epochs),
+        max_records=arguments.max_records,
+        exact_up_to=arguments.exact_up_to,
+        num_probes=arguments.probes,
+        num_steps=arguments.lanczos_steps,
+    )
+    run_spectrum(job, settings, console)
 
 
 def _cluster(arguments: argparse.Namespace, address: str | None) -> ClusterConfig:

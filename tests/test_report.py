@@ -6,12 +6,11 @@ import io
 import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from browser import look_at, needs_browser
 from rich.console import Console
 
 from distributed_unlearn.records import RoundRecord, SetScores, StepRecord, Verdict
@@ -364,36 +363,11 @@ def test_page_says_first_what_was_asked_and_what_came_of_it(tmp_path):
     assert all(f'alt="{html.escape(p.alternative)}"' in source for p in (*comparison_pictures(ROWS),))
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_fits_a_phone_and_a_desk(width, tmp_path):
     """Nothing but the folded step table may be wider than the window."""
-    path = _page(tmp_path)
-    probe = (
-        "<script>onload = () => { const wide = [...document.querySelectorAll('body *')].filter(e => "
-        "e.checkVisibility() && e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('details, thead'));"
-        "document.title = JSON.stringify([innerWidth, document.documentElement.scrollWidth,"
-        "wide.map(e => e.outerHTML.slice(0, 80)),"
-        "getComputedStyle(document.querySelector('tbody tr')).display]); }</script>"
-    )
-    path.write_text(path.read_text(encoding="utf-8").replace("</main>", f"</main>{probe}"), encoding="utf-8")
-    frame = tmp_path / "frame.html"  # a headless window is at least 500 wide; a frame has any width
-    frame.write_text(
-        f'<iframe src="{path.as_uri()}" width="{width}" height="900" style="border:0"></iframe><script>onload = () =>'
-        " setTimeout(() => document.title = frames[0].document.title, 100)</script>"
-    )
-    command = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--allow-file-access-from-files",
-        "--hide-scrollbars",
-    ]
-    command += ["--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert found is not None, done.stdout[-500:] + done.stderr[-500:]
-    inner, scrolled, too_wide, row = json.loads(html.unescape(found.group(1)))
-    assert (inner, scrolled, too_wide) == (width, width, [])
-    assert row == ("block" if width == 390 else "table-row")
+    look = look_at(_page(tmp_path), width, tmp_path)
+    assert (look.inner_width, look.scroll_width, look.too_wide) == (width, width, [])
+    assert look.row_display == ("block" if width == 390 else "table-row")
+    assert (look.num_without_alternative, look.num_not_drawn, look.console) == (0, 0, [])

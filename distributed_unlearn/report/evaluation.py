@@ -8,7 +8,8 @@ from itertools import groupby
 from matplotlib.figure import Figure
 
 from distributed_unlearn.records.evaluation import EvaluationRecord, MetricRow
-from distributed_unlearn.report.figures import BLUE, GREY, SET_COLOURS, Picture, svg_text, tidy
+from distributed_unlearn.report.drawing import BLUE, GREY, Picture, svg_text, tidy
+from distributed_unlearn.report.figures import SET_COLOURS
 from distributed_unlearn.report.tables import number
 
 _BETTER = {

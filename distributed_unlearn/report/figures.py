@@ -4,63 +4,38 @@ Each panel is a picture of its own, narrow enough for a phone; text stays text. 
 reading help and a text that says the same in words.
 """
 
-import io
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from distributed_unlearn.records import StepRecord
+from distributed_unlearn.report.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    HEIGHT,
+    ORANGE,
+    VERMILION,
+    WIDTH,
+    Picture,
+    svg_text,
+    tidy,
+)
 from distributed_unlearn.report.progress import forget_distance
 from distributed_unlearn.report.tables import SETS, MethodRow, number
 
-# Okabe and Ito (2008): distinguishable with every common form of colour blindness.
-BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
 SET_COLOURS = {"forget": VERMILION, "retain": BLUE, "holdout": ORANGE}
 SET_HATCHES = {"forget": "", "retain": "//", "holdout": ".."}
-_WIDTH, _HEIGHT = 4.0, 2.7  # inches; shown at most about as wide as a phone
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture of a report."""
-
-    name: str
-    """File name without its ending."""
-    title: str
-    help: str
-    """How to read it, in a sentence."""
-    alternative: str
-    """What it shows, in words."""
-    svg: str
 
 
 def find_retrained(rows: Sequence[MethodRow]) -> MethodRow | None:
     """The reference among the rows: the first whose name starts with `retrained`."""
     return next((row for row in rows if row.name.lower().startswith("retrained")), None)
-
-
-def tidy(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
-    """No frame above and to the right, and light lines along one axis."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def svg_text(figure: Figure) -> str:
-    """The figure as text, the same for the same data."""
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure)  # needs no display and leaves pyplot's global state alone
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "distributed_unlearn"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
-    return buffer.getvalue()
 
 
 # -- methods side by side ---------------------------------------------------------------------------------
@@ -145,7 +120,7 @@ def _closeness(rows: Sequence[MethodRow]) -> Picture:
 
 
 def _bars(rows: Sequence[MethodRow], bars_per_row: int) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, 0.9 + (0.22 + 0.16 * bars_per_row) * len(rows)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.9 + (0.22 + 0.16 * bars_per_row) * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [row.name.replace(" (", "\n(").replace(" round", "\nround") for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
@@ -263,7 +238,7 @@ def _in_words(curve: Curve) -> str:
 
 
 def _draw_panel(steps: Sequence[StepRecord], panel: _Panel) -> Figure:
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     for curve in panel.curves:
         _plot(axes, steps, curve)

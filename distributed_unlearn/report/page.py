@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distributed_unlearn.records import RoundRecord
-from distributed_unlearn.report.figures import Picture
+from distributed_unlearn.report.drawing import Picture
 from distributed_unlearn.report.glossary import GLOSSARY
 from distributed_unlearn.report.tables import (
     ROUND_HEADER,
     MethodRow,
     comparison_cells,
+    number,
     round_cells,
     round_summary,
     step_cells,
@@ -150,6 +151,48 @@ def write_page(
         pictures: Of the comparison.
         rounds: The rounds, in order, each with its pictures; its steps are folded away.
     """
+    parts = []
+    if rows:
+        parts += ["<h2>Comparison</h2>", _table(*comparison_cells(rows)), f'<p class="note">{html.escape(LEGEND)}</p>']
+    parts.append(_pictures(pictures))
+    parts += [_round(record, drawn) for record, drawn in rounds]
+    _write(path, summary, parts)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page that compares runs."""
+
+    title: str
+    note: str
+    """What its table and pictures show, in a sentence or two."""
+    header: tuple[str, ...]
+    body: tuple[tuple[str, ...], ...]
+    """Of its table; without rows there is none."""
+    pictures: tuple[Picture, ...]
+
+
+_MOST_ROWS = 60
+"""Of the numbers behind a picture that stand in the page; longer ones are in their file alone."""
+
+
+def write_sections(path: Path, summary: Summary, sections: Sequence[Section]) -> None:
+    """Write a page of sections, each with a note, a table and pictures whose numbers are folded away beneath them."""
+    parts = []
+    for section in sections:
+        parts += [f"<h2>{html.escape(section.title)}</h2>", f"<p>{html.escape(section.note)}</p>"]
+        if section.body:
+            parts.append(_table(section.header, section.body))
+        parts.append(_pictures(section.pictures))
+        for picture in section.pictures:
+            if 0 < len(picture.rows) <= _MOST_ROWS:
+                body = [[number(cell) if not isinstance(cell, str) else cell for cell in row] for row in picture.rows]
+                heading = html.escape(f"The numbers: {picture.title}")
+                parts.append(f"<details><summary>{heading}</summary>{_table(picture.header, body)}</details>")
+    _write(path, summary, parts)
+
+
+def _write(path: Path, summary: Summary, middle: Sequence[str]) -> None:
     title = html.escape(summary.title)
     kind = {None: "verdict", True: "verdict good", False: "verdict bad"}[summary.is_good]
     parts = ["<!DOCTYPE html>", '<html lang="en"><head><meta charset="utf-8">']
@@ -160,10 +203,7 @@ def write_page(
         sentences = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in summary.verdict)
         parts.append(f'<div class="{kind}">{sentences}</div>')
     parts.append(_definitions("facts", summary.facts))
-    if rows:
-        parts += ["<h2>Comparison</h2>", _table(*comparison_cells(rows)), f'<p class="note">{html.escape(LEGEND)}</p>']
-    parts.append(_pictures(pictures))
-    parts += [_round(record, drawn) for record, drawn in rounds]
+    parts += middle
     parts += ["<h2>Words</h2>", _definitions("glossary", GLOSSARY), "</main></body></html>\n"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(part for part in parts if part), encoding="utf-8")

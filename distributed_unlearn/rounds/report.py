@@ -8,7 +8,8 @@ from pathlib import Path
 from distributed_unlearn.config import stepping_methods
 from distributed_unlearn.evaluation.metrics import tug_of_war
 from distributed_unlearn.records import RECORD_NAME, RunRecord, read_record
-from distributed_unlearn.report.figures import Picture, comparison_pictures, steps_pictures
+from distributed_unlearn.report.drawing import Picture
+from distributed_unlearn.report.figures import comparison_pictures, steps_pictures
 from distributed_unlearn.report.page import Summary, write_page
 from distributed_unlearn.report.tables import MethodRow, erased_text
 

@@ -12,6 +12,6 @@ def quick() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distributed_unlearn.report.figures.svg_text", lambda figure: "<svg/>")
+        patch.setattr("distributed_unlearn.report.drawing._svg", lambda figure: "<svg/>")
         yield
     gc.unfreeze()

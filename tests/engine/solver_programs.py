@@ -14,6 +14,7 @@ from distributed_unlearn.solvers.inner.first_order import AdamWSpec, SgdSpec
 from distributed_unlearn.solvers.methods.curenewton import CureNewton, CureNewtonSettings
 from distributed_unlearn.solvers.methods.scurenewton import SCureNewton, SCureNewtonSettings
 from distributed_unlearn.solvers.protocols import StepSpec
+from distributed_unlearn.solvers.spectrum import exact_spectrum, lanczos_spectrum
 from distributed_unlearn.workers.client import RemoteOracle
 from tests.engine.cases import DECAY, RATES, SETTINGS, Plan, Problem, round_spec
 
@@ -171,5 +172,12 @@ def explicit(worker: Worker, plan: Plan, stage: int) -> dict[str, Any]:
     worker.open_model(ModelConfig(path=str(plan.folder / "odd_llama"), trainable=NORMS), "float32", stage)
     worker.begin_round(round_spec(Problem()))
     before = worker.opened.weights.master.clone()
-    record = CureNewton(RemoteOracle(OwnWorker(worker)), EXPLICIT).step(0)  # type: ignore[arg-type]
-    return {"record": record, "update": worker.opened.weights.master - before, "layout": worker.opened.layout}
+    oracle = RemoteOracle(OwnWorker(worker))  # type: ignore[arg-type]
+    spectra = exact_spectrum(oracle, 5000), lanczos_spectrum(oracle, 2, worker.opened.space.num_entries)
+    record = CureNewton(oracle, EXPLICIT).step(0)
+    return {
+        "record": record,
+        "spectra": spectra,
+        "update": worker.opened.weights.master - before,
+        "layout": worker.opened.layout,
+    }

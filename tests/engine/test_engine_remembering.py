@@ -84,3 +84,23 @@ def test_an_explicit_hessian_is_that_of_one_vector(world_size, stage, results, c
         assert rank["record"].num_products == expected.num_products == ranks[0]["layout"].num_trainable
         for name in ("alpha", "gamma", "predicted_reduction", "smallest_ritz_value", "largest_ritz_value"):
             close(getattr(rank["record"], name), getattr(expected, name), 20 * STEP, name)
+
+
+@everywhere
+def test_the_spectrum_is_that_of_the_dense_hessian(world_size, stage, results, checkpoints, corpus):
+    """All eigenvalues from products on shards, and the moments of the quadrature, against a dense float64 Hessian."""
+    ranks = results.of(world_size, f"explicit {stage}")
+    bound = Bound(checkpoints / "odd_llama", corpus, NORMS)
+    on_curvature = bound.on(PROBLEM.curvature_batch)
+    dense = torch.autograd.functional.hessian(lambda w: on_curvature(w, 0), bound.entries.point)
+    expected = torch.linalg.eigvalsh(dense)
+    largest = float(expected.abs().max())
+    for rank in ranks:
+        exact, lanczos = rank["spectra"]
+        found = torch.tensor(exact.eigenvalues)
+        assert exact.num_products == len(expected) and found.shape == expected.shape
+        assert float((found - expected).abs().max()) <= 20 * STEP * largest
+        # A full Krylov space sees every eigenvalue, so the largest one is exact, and shares are a distribution.
+        assert sum(lanczos.shares) == pytest.approx(1.0)
+        assert max(map(abs, lanczos.eigenvalues)) == pytest.approx(largest, rel=1e-3)
+        assert lanczos == ranks[0]["spectra"][1]

@@ -107,7 +107,7 @@ class ExplicitSpec:
         return ExplicitShard(problem, self.max_parameters)
 
 
-class _Spectrum:
+class ExplicitSpectrum:
     """Eigenvalues and rotated gradient of a step, assembled at the first use."""
 
     def __init__(self, oracle: StepOracle) -> None:
@@ -136,7 +136,7 @@ class ExplicitCubicInner:
         self._oracle = oracle
         self.spec = ExplicitSpec(max_parameters)
         self._coefficients: tuple[float, ...] = ()
-        self._spectrum = _Spectrum(oracle)
+        self._spectrum = ExplicitSpectrum(oracle)
 
     @property
     def num_products(self) -> int:
@@ -145,7 +145,7 @@ class ExplicitCubicInner:
 
     def begin(self, start: StepStart) -> None:
         """A new step."""
-        self._gradient_norm, self._spectrum = start.metric_gradient_norm, _Spectrum(self._oracle)
+        self._gradient_norm, self._spectrum = start.metric_gradient_norm, ExplicitSpectrum(self._oracle)
 
     def propose(self, cubic_coefficient: float) -> Proposal:
         """Minimise in the eigenbasis; the first call assembles and decomposes the matrix."""
@@ -180,7 +180,7 @@ class PseudoInverseInner:
         self._oracle, self._cutoff = oracle, cutoff
         self.spec = ExplicitSpec(max_parameters)
         self._coefficients: tuple[float, ...] = ()
-        self._spectrum = _Spectrum(oracle)
+        self._spectrum = ExplicitSpectrum(oracle)
 
     @property
     def num_products(self) -> int:
@@ -189,7 +189,7 @@ class PseudoInverseInner:
 
     def begin(self, start: StepStart) -> None:
         """A new step."""
-        self._gradient_norm, self._spectrum = start.metric_gradient_norm, _Spectrum(self._oracle)
+        self._gradient_norm, self._spectrum = start.metric_gradient_norm, ExplicitSpectrum(self._oracle)
 
     def propose(self) -> Proposal:
         """The pseudo-inverse step; `predicted_reduction` is the quadratic model's, of either sign.
