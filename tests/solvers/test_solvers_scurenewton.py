@@ -113,9 +113,9 @@ def test_factor_rule_sequence() -> None:
 
 def test_interpolated_rule_and_its_bounds() -> None:
     rule = Adaptation("interpolated", increase_factor=4.0, decrease_factor=3.0, very_good_threshold=0.7)
-    # accepted: sqrt(M * M_est) within [M / 3, 4 M]; below the loss's rounding by the ratio
-    assert rule.after_acceptance(10.0, 40.0, 0.5) == pytest.approx(20.0)
-    assert rule.after_acceptance(10.0, 10.0, 0.9) == pytest.approx(10.0)
+    # accepted: sqrt(M * 2 M_est) within [M / 3, 4 M]; below the loss's rounding by the ratio
+    assert rule.after_acceptance(10.0, 20.0, 0.5) == pytest.approx(20.0)
+    assert rule.after_acceptance(10.0, 5.0, 0.9) == pytest.approx(10.0)
     assert rule.after_acceptance(10.0, -5.0, 2.0) == pytest.approx(10 / 3)
     assert rule.after_acceptance(10.0, 1e9, 0.2) == pytest.approx(40.0)
     assert rule.after_acceptance(10.0, None, 0.9) == pytest.approx(10 / 3)
@@ -152,7 +152,7 @@ def test_the_difference_of_the_minibatches_stays_out_of_m(shift: float, sign: fl
     """Both minibatches have third derivative c; the curvature minibatch's Hessian is another by `shift`.
 
     The trial's own error would add `-3 shift / ||y||` to c; the curvature minibatch's is c, and its size counts. The
-    first estimate is taken as it is, within a factor of 64, the second by the geometric mean.
+    first estimate is taken as it is (twice), the second by the geometric mean.
     """
     cubic, size = 5.0 * sign, 5.0
 
@@ -162,7 +162,7 @@ def test_the_difference_of_the_minibatches_stays_out_of_m(shift: float, sign: fl
 
         return loss
 
-    for first, expected in ((8.0, size), (500.0, 500.0 / 64), (1e-2, 64e-2)):
+    for first, expected in ((8.0, 2 * size), (500.0, 2 * size), (1e-2, 64e-2)):
         oracle = MemoryOracle(objective(10.0), torch.zeros(3, dtype=torch.float64), objective(10.0 + shift))
         solver = newton(oracle, cubic_coefficient=first, krylov_tolerance=0.0)
         record = solver.step(0)
@@ -172,7 +172,7 @@ def test_the_difference_of_the_minibatches_stays_out_of_m(shift: float, sign: fl
     second.load_state_dict({"cubic_coefficient": 8.0, "has_measured": 1.0})
     oracle.weights.zero_()
     second.step(1)
-    assert second.cubic_coefficient == pytest.approx(math.sqrt(8.0 * size), rel=1e-6)
+    assert second.cubic_coefficient == pytest.approx(math.sqrt(8.0 * 2 * size), rel=1e-6)
 
 
 def test_a_trial_on_one_minibatch_is_its_own_measure() -> None:
@@ -268,7 +268,7 @@ def test_interpolated_rule_wastes_fewer_trials() -> None:
         records = run(oracle, newton(oracle, adaptation=adaptation, cubic_coefficient=1.0), 60)
         rejections[adaptation] = sum(record.num_rejections for record in records)
         final[adaptation] = sum(record.loss for record in records[-20:]) / 20
-    assert rejections["interpolated"] <= 0.75 * rejections["factor"], rejections
+    assert rejections["interpolated"] <= 0.5 * rejections["factor"], rejections
     assert final["interpolated"] <= final["factor"] + 0.02, final
 
 
