@@ -12,10 +12,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from distributed_unlearn.cli import main as command_line
 from distributed_unlearn.records import to_json
 from distributed_unlearn.records.comparison import read_comparison
+from distributed_unlearn.records.spectrum import read_spectrum
 from distributed_unlearn.report.comparison import method_summaries
 
 HERE, RUNS = Path(__file__).parent, Path("runs/paper")
@@ -67,13 +69,22 @@ def prepare(names: list[str]) -> None:
         subprocess.run([sys.executable, HERE / "llama_start.py", RUNS / "people"], check=True)
 
 
-def write_result(name: str) -> None:
-    """The comparison in a file of its own, with means and spreads."""
-    found = read_comparison(RUNS / name)
-    tree = {"comparison": found, "summary": method_summaries(found)}
+LONG = ("loss_quantiles", "eigenvalues", "shares")
+"""What figures are drawn from stays in the run's folder."""
+
+
+def brief(tree: Any) -> Any:
+    """A JSON tree without its long lists."""
+    if isinstance(tree, dict):
+        return {key: brief(value) for key, value in tree.items() if key not in LONG}
+    return [brief(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def write_result(name: str, tree: Any) -> None:
+    """A result in a file of its own."""
     target = HERE.parent / "results" / f"{name}.json"
     target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(to_json(tree), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    target.write_text(json.dumps(brief(to_json(tree)), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def measure_spectrum() -> int:
@@ -92,7 +103,10 @@ def measure_spectrum() -> int:
         )
     )
     (RUNS / "spectrum.yaml").write_text(job, encoding="utf-8")
-    return command_line(["check", "spectrum", str(RUNS / "spectrum.yaml"), "--epochs", "0,1,5,15"])
+    code = command_line(["check", "spectrum", str(RUNS / "spectrum.yaml"), "--epochs", "0,1,5,15"])
+    if code == 0:
+        write_result("cnn_spectrum", read_spectrum(RUNS / "spectrum"))
+    return code
 
 
 def main() -> int:
@@ -111,8 +125,9 @@ def main() -> int:
         else:
             file, changes = comparisons(arguments.tofu, arguments.model)[name]
             code = command_line(["compare", str(HERE / file), *changes, f"output={RUNS / name}"])
-            if code == 0:
-                write_result(name)
+            if code == 0:  # means and spreads beside it
+                found = read_comparison(RUNS / name)
+                write_result(name, {"comparison": found, "summary": method_summaries(found)})
         if code:
             return code
     return 0
