@@ -158,10 +158,11 @@ def _write_files(jobs: DemoJobs, folder: Path) -> Path:
 
 def _work(office: _Office) -> tuple[list[Pass], dict[str, str]]:
     """Three requests, three passes: committed, rolled back, committed."""
-    numbers = [office.receive("person-0000", "case-1"), office.receive("person-0001", "case-2")]
+    people = [f"person-{number:04d}" for number in range(3)]
+    numbers = [office.receive(people[0], "case-1"), office.receive(people[1], "case-2")]
     passes = [office.run()]
     before = (office.config.root / "current").resolve()
-    numbers.append(office.receive("person-0002", "case-3"))
+    numbers.append(office.receive(people[2], "case-3"))
     office.say(f"a hurried pass ({', '.join(HURRIED)}):")
     passes.append(office.run(HURRIED))
     same = (office.config.root / "current").resolve() == before

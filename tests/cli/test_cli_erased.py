@@ -214,17 +214,18 @@ def test_what_was_erased_can_not_be_held_out(first: Path, tiny: TinyJob, tmp_pat
     assert_refused(outcome, 4, "data", "3 record(s) held out that were erased", "take them out of holdout")
 
 
-def test_an_interrupted_replacement_is_no_unmarked_checkpoint(moved: Path, tiny: TinyJob, capsys, monkeypatch):
-    """In place: the checkpoint is there, its record is not yet; the next job must not take it for a stranger's."""
+def test_an_interrupted_replacement_is_known_to_the_next_start(moved: Path, tiny: TinyJob, capsys, monkeypatch):
+    """In place: the checkpoint is there, its record is not yet; the next start writes it first and goes on from there."""
 
     def crash(*arguments: object) -> None:
         raise RuntimeError("a crash")
 
     in_place = (_from(moved), SECOND, "overwrite=true", "solver.max_steps=1")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
-        patch.setattr("distributed_unlearn.rounds.result.write_private", crash)
+        patch.setattr("distributed_unlearn.rounds.pending.write_private", crash)
         call(capsys, tiny.run(moved, *in_place))
-    assert_refused(call(capsys, tiny.run(moved, *in_place)), 5, "model", "from which 6 record(s) were erased")
+    assert not (moved / "record.salt").exists()
+    assert "erased before: 6" in call(capsys, tiny.run(moved, *in_place)).out
 
 
 def test_a_round_in_place_hands_its_own_past_on(moved: Path, tiny: TinyJob, capsys):

@@ -119,7 +119,7 @@ def test_after_a_success(canary: Canary):
 
 def test_after_a_failure_and_a_killed_driver(canary: Canary):
     """A worker that dies leaves Ray's logs; a driver that is killed leaves the state to go on from."""
-    with _run(canary, 100_000) as running:
+    with _run(canary, 100_000, "cluster.max_restarts=0") as running:
         metrics = canary.folder / "out" / "metrics.jsonl"
         running.wait_until(lambda: metrics.exists() and metrics.read_text().count("/step") >= 2, 900)
         running.actors()[0].kill()

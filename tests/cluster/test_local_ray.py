@@ -111,7 +111,9 @@ def test_signals_for_the_driver_do_not_end_the_watch(tmp_path, monkeypatch):
     """A terminal's Ctrl-C goes to everything in its group; a scheduler's SIGTERM to every process of a job."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with private_folder() as folder:
-        (watch,) = [p for p in psutil.Process().children() if reaper.__file__ in _command(p)]
+        while not (found := [p for p in psutil.Process().children() if reaper.__file__ in _command(p)]):
+            time.sleep(0.05)  # until it is the program and no longer a copy of this process
+        (watch,) = found
         time.sleep(1.0)  # until it has set its handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             watch.send_signal(number)

@@ -197,9 +197,21 @@ def loss_on(
 ) -> Callable[[torch.nn.Module], torch.Tensor]:
     """The objective on a step's first `size` records, all at once, of a module; the round began with `start`."""
     minibatch = minibatch_of(problem, size, step)
+    totals = totals_of(corpus, problem, minibatch, step)
+    return loss_of(corpus, problem, minibatch, totals, start, retain_weight)
+
+
+def loss_of(
+    corpus: EncodedCorpus,
+    problem: Problem,
+    minibatch: Minibatch,
+    totals: MinibatchTotals,
+    start: torch.nn.Module,
+    retain_weight: float = 1.0,
+) -> Callable[[torch.nn.Module], torch.Tensor]:
+    """The objective on some records, divided by `totals`; the round began with `start`."""
     weighted = objective_of(problem).model_copy(update={"retain_weight": retain_weight})
     objective = build_objective(weighted, HOLDOUT_LOSS)
-    totals = totals_of(corpus, problem, minibatch, step)
     chosen = np.concatenate([minibatch.forget, minibatch.retain])
     tokens = collate(corpus, chosen)
     is_forget = torch.arange(len(chosen)) < len(minibatch.forget)

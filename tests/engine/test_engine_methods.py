@@ -8,12 +8,12 @@ from distributed_unlearn.config import ModelConfig, RmuConfig
 from distributed_unlearn.curvature.reference import frozen_rows
 from distributed_unlearn.data.encoding import collate
 from distributed_unlearn.data.sampling import draw
-from distributed_unlearn.engine.inputs import Minibatch
+from distributed_unlearn.engine.inputs import Minibatch, minibatch_totals
 from distributed_unlearn.errors import ModelError
 from distributed_unlearn.models.fit import check_layer
 from distributed_unlearn.objectives.steering import control_vector
 from tests.answer_losses import token_nll
-from tests.engine.cases import Problem, assemble, load_float64, loss_on
+from tests.engine.cases import Problem, assemble, load_float64, loss_of
 from tests.engine.checkpoints import FORGET, RETAIN, odd_llama, word_tokenizer
 from tests.engine.compare import SUMS, Results
 from tests.engine.method_programs import DAMPENING, NUM_STEPS, RATE, SAMPLE, STEPPING, MethodPlan
@@ -105,7 +105,8 @@ def plain(checkpoints, corpus):
             if method == "rmu":
                 loss = _steered_loss(corpus, minibatch, model, first, objective)
             else:
-                loss = loss_on(corpus, problem, minibatch, first)(model)
+                totals = minibatch_totals(corpus, minibatch)
+                loss = loss_of(corpus, problem, minibatch, totals, first)(model)
             gradients = _gradient(model, loss)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
