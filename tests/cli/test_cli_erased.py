@@ -215,7 +215,7 @@ def test_what_was_erased_can_not_be_held_out(first: Path, tiny: TinyJob, tmp_pat
 
 
 def test_an_interrupted_replacement_is_known_to_the_next_start(moved: Path, tiny: TinyJob, capsys, monkeypatch):
-    """In place: the checkpoint is there, its record is not yet; the next start writes it first and goes on from there."""
+    """In place: the checkpoint is there, its record is not yet; the next start writes it and goes on."""
 
     def crash(*arguments: object) -> None:
         raise RuntimeError("a crash")
