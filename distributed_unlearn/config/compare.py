@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from distributed_unlearn.config.base import PathText, StrictModel
 from distributed_unlearn.config.job import JobConfig
-from distributed_unlearn.config.load import apply_overrides, read_tree, refusal
+from distributed_unlearn.config.load import apply_overrides, read_tree, validated
 from distributed_unlearn.config.methods import SCureNewtonConfig, StopConfig
 from distributed_unlearn.config.objective import ObjectiveConfig
 from distributed_unlearn.config.published import NamedObjectiveConfig
@@ -146,7 +146,4 @@ def load_compare(path: Path, overrides: list[str]) -> CompareConfig:
     apply_overrides(tree, overrides)
     if isinstance(tree.get("job"), dict) and "output" in tree:
         tree["job"] = {**tree["job"], "output": tree["output"]}
-    try:
-        return CompareConfig.model_validate(tree)
-    except ValidationError as error:
-        raise refusal(error, str(path), "comparison") from error
+    return validated(CompareConfig, tree, str(path), "comparison")

@@ -4,16 +4,18 @@ Nothing here looks at the file system beyond the job file itself, or at the mach
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from distributed_unlearn.config.evaluate import EvaluateConfig
 from distributed_unlearn.config.job import JobConfig
 from distributed_unlearn.config.sections import ClusterConfig
 from distributed_unlearn.config.solver import methods_with
 from distributed_unlearn.errors import ConfigError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -92,7 +94,7 @@ def _unknown(kind: str, place: list[str]) -> str:
     return f"; it belongs to solver.method {', '.join(methods)}" if methods else "; this key does not exist"
 
 
-def refusal(error: ValidationError, source: str, root: str) -> ConfigError:
+def _refusal(error: ValidationError, source: str, root: str) -> ConfigError:
     """Every complaint of a validation as one error, with the dotted keys and without the values."""
     complaints = []
     for item in error.errors(include_url=False, include_input=False):
@@ -107,16 +109,25 @@ def refusal(error: ValidationError, source: str, root: str) -> ConfigError:
     )
 
 
+def validated(kind: type[Settings], tree: dict[str, Any], source: str, root: str) -> Settings:
+    """Nested dictionaries as a model.
+
+    Raises:
+        ConfigError: every complaint of the validation, with the dotted key; `source` and `root` are named in it.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise _refusal(error, source, root) from error
+
+
 def parse_job(tree: dict[str, Any], source: str) -> JobConfig:
     """Validate a job given as nested dictionaries.
 
     Raises:
         ConfigError: every complaint of the validation, with the dotted key.
     """
-    try:
-        return JobConfig.model_validate(tree)
-    except ValidationError as error:
-        raise refusal(error, source, "job") from error
+    return validated(JobConfig, tree, source, "job")
 
 
 def parse_cluster(tree: dict[str, Any]) -> ClusterConfig:
@@ -125,10 +136,7 @@ def parse_cluster(tree: dict[str, Any]) -> ClusterConfig:
     Raises:
         ConfigError: every complaint of the validation.
     """
-    try:
-        return ClusterConfig.model_validate(tree)
-    except ValidationError as error:
-        raise refusal(error, "the command line", "cluster") from error
+    return validated(ClusterConfig, tree, "the command line", "cluster")
 
 
 def read_tree(path: Path, overrides: list[str], what: str) -> dict[str, Any]:
@@ -171,10 +179,7 @@ def parse_evaluation(tree: dict[str, Any], source: str) -> EvaluateConfig:
     Raises:
         ConfigError: every complaint of the validation, with the dotted key.
     """
-    try:
-        return EvaluateConfig.model_validate(tree)
-    except ValidationError as error:
-        raise refusal(error, source, "evaluation") from error
+    return validated(EvaluateConfig, tree, source, "evaluation")
 
 
 def load_evaluation(path: Path, overrides: list[str]) -> EvaluateConfig:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distributed_unlearn.config.base import StrictModel
-from distributed_unlearn.config.load import read_tree, refusal
+from distributed_unlearn.config.load import read_tree, validated
 
 
 class RequestsConfig(StrictModel):
@@ -152,7 +152,4 @@ def load_service(path: Path, overrides: list[str]) -> ServiceConfig:
         ConfigError: a file that is missing or cannot be read, bad YAML, or a refused key or value.
     """
     tree = read_tree(path, overrides, "service file")
-    try:
-        return ServiceConfig.model_validate(tree)
-    except ValidationError as error:
-        raise refusal(error, str(path), "service") from error
+    return validated(ServiceConfig, tree, str(path), "service")

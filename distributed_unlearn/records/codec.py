@@ -51,6 +51,36 @@ def read_json(path: Path, what: str, remedy: str) -> Json:
     return tree
 
 
+def read_formatted(
+    kind: type[Record],
+    path: Path,
+    name: str,
+    wanted: int,
+    unreadable_remedy: str,
+    format_remedies: Mapping[int | None, str],
+) -> Record:
+    """A dataclass from a file that says its format.
+
+    Args:
+        kind: The dataclass.
+        path: The file.
+        name: What it is, for errors.
+        wanted: The only format that is read.
+        unreadable_remedy: Where there is no such file, or no JSON in it.
+        format_remedies: By another format, what to do; under None of any that is not named.
+
+    Raises:
+        DataError: no such file, no JSON, another format, or a field that is missing, unknown or of another type.
+    """
+    what = f"{name} '{path}'"
+    tree = read_json(path, what, unreadable_remedy)
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if type(found) is not int or found != wanted:
+        remedy = format_remedies.get(found if type(found) is int else None, format_remedies[None])
+        raise DataError(f"{what} of format {found!r}", f"format {wanted}", remedy)
+    return from_json(kind, tree, what)
+
+
 def from_json(kind: type[Record], value: Json, where: str) -> Record:
     """A dataclass from what `to_json` made of it.
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from distributed_unlearn.errors import DataError
-from distributed_unlearn.records.codec import from_json, read_json
+from distributed_unlearn.records.codec import read_formatted
 from distributed_unlearn.records.scores import SetScores
 
 COMPARISON_NAME = "comparison.json"
@@ -97,13 +96,6 @@ def read_comparison(folder: Path) -> Comparison:
     Raises:
         DataError: none there, or one of another format.
     """
-    path = folder / COMPARISON_NAME
-    tree = read_json(path, f"comparison '{path}'", "give the output folder of `compare`")
-    found = tree.get("format") if isinstance(tree, dict) else None
-    if type(found) is not int or found != COMPARISON_FORMAT:
-        raise DataError(
-            f"comparison '{path}' of format {found!r}",
-            f"format {COMPARISON_FORMAT}",
-            "read it with the version of distributed-unlearn that wrote it, or compare again",
-        )
-    return from_json(Comparison, tree, f"comparison '{path}'")
+    other = "read it with the version of distributed-unlearn that wrote it, or compare again"
+    path, missing = folder / COMPARISON_NAME, "give the output folder of `compare`"
+    return read_formatted(Comparison, path, "comparison", COMPARISON_FORMAT, missing, {None: other})

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distributed_unlearn.errors import DataError
-from distributed_unlearn.records.codec import from_json, read_json
+from distributed_unlearn.records.codec import read_formatted
 
 FORMAT = 1
 EVALUATION_NAME = "evaluation.json"
@@ -102,12 +102,6 @@ def read_evaluation(path: Path) -> EvaluationRecord:
     Raises:
         DataError: no such file, no JSON, another format, or a field that is missing, unknown or of another type.
     """
-    tree = read_json(path, f"evaluation '{path}'", "give the file that `evaluate` wrote")
-    found = tree.get("format") if isinstance(tree, dict) else None
-    if type(found) is not int or found != FORMAT:
-        raise DataError(
-            f"evaluation '{path}' of format {found!r}",
-            f"format {FORMAT}",
-            "read it with the version of distributed-unlearn that wrote it",
-        )
-    return from_json(EvaluationRecord, tree, f"evaluation '{path}'")
+    other = "read it with the version of distributed-unlearn that wrote it"
+    missing = "give the file that `evaluate` wrote"
+    return read_formatted(EvaluationRecord, path, "evaluation", FORMAT, missing, {None: other})

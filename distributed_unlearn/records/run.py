@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from distributed_unlearn.errors import DataError
-from distributed_unlearn.records.codec import from_json, read_json
+from distributed_unlearn.records.codec import read_formatted
 from distributed_unlearn.records.result import CurvatureMode, SurvivingUpdate
 from distributed_unlearn.records.round import RoundRecord
 from distributed_unlearn.records.scores import SetScores
@@ -100,10 +99,5 @@ def read_record(path: Path) -> RunRecord:
     Raises:
         DataError: no such file, no JSON, another format, or a field that is missing, unknown or of another type.
     """
-    tree = read_json(path, f"record '{path}'", "give the output folder of a finished run")
-    found = tree.get("format") if isinstance(tree, dict) else None
-    if type(found) is not int or found != FORMAT:
-        old = type(found) is int and found == 1
-        remedy = "run the job again" if old else "read it with the version of distributed-unlearn that wrote it"
-        raise DataError(f"record '{path}' of format {found!r}", f"format {FORMAT}", remedy)
-    return from_json(RunRecord, tree, f"record '{path}'")
+    remedies = {None: "read it with the version of distributed-unlearn that wrote it", 1: "run the job again"}
+    return read_formatted(RunRecord, path, "record", FORMAT, "give the output folder of a finished run", remedies)

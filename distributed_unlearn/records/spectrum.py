@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distributed_unlearn.errors import DataError
-from distributed_unlearn.records.codec import from_json, read_json
+from distributed_unlearn.records.codec import read_formatted
 
 SPECTRUM_NAME = "spectrum.json"
 SPECTRUM_FORMAT = 1
@@ -64,9 +63,5 @@ def read_spectrum(folder: Path) -> SpectrumRecord:
     Raises:
         DataError: none there, or of another format.
     """
-    path = folder / SPECTRUM_NAME
-    tree = read_json(path, f"spectrum '{path}'", "give the output folder of `check spectrum`")
-    found = tree.get("format") if isinstance(tree, dict) else None
-    if type(found) is not int or found != SPECTRUM_FORMAT:
-        raise DataError(f"spectrum '{path}' of format {found!r}", f"format {SPECTRUM_FORMAT}", "measure it again")
-    return from_json(SpectrumRecord, tree, f"spectrum '{path}'")
+    path, missing = folder / SPECTRUM_NAME, "give the output folder of `check spectrum`"
+    return read_formatted(SpectrumRecord, path, "spectrum", SPECTRUM_FORMAT, missing, {None: "measure it again"})

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from distributed_unlearn.errors import DataError
-from distributed_unlearn.records.codec import from_json, read_json
+from distributed_unlearn.records.codec import read_formatted
 from distributed_unlearn.records.round import RoundRecord
 from distributed_unlearn.records.scores import SetScores
 from distributed_unlearn.records.step import StepRecord
@@ -45,10 +44,5 @@ def read_state(path: Path) -> RoundState:
     Raises:
         DataError: no such file, no JSON, another format, or a field that is missing, unknown or of another type.
     """
-    tree = read_json(path, f"state '{path}'", "set resume to false to start over")
-    found = tree.get("format") if isinstance(tree, dict) else None
-    if type(found) is not int or found != STATE_FORMAT:
-        raise DataError(
-            f"state '{path}' of format {found!r}", f"format {STATE_FORMAT}", "set resume to false to start over"
-        )
-    return from_json(RoundState, tree, f"state '{path}'")
+    start_over = "set resume to false to start over"
+    return read_formatted(RoundState, path, "state", STATE_FORMAT, start_over, {None: start_over})

@@ -23,6 +23,7 @@ from distributed_unlearn.records.verdict import ForgetVerdict, MeasureEvidence, 
 from distributed_unlearn.rounds.state import STATE_FOLDER
 from distributed_unlearn.service.driver import Service, run_pass
 from distributed_unlearn.service.keys import generate_key
+from distributed_unlearn.service.ledger import Ledger, open_ledger
 from distributed_unlearn.service.opening import opened
 from distributed_unlearn.service.requests import NewRequest, add_request
 
@@ -131,6 +132,18 @@ def make_service(folder: Path, num_records: int = 12, **settings: object) -> Pat
     service = {"folder": str(folder / "service"), "job": str(folder / "job.yaml"), "key": str(folder / "operator.key")}
     (folder / "service.yaml").write_text(yaml.safe_dump({**service, **settings}))
     return folder / "service.yaml"
+
+
+def ledger_of(path: Path) -> Ledger:
+    """The ledger of a service file, made where there is none."""
+    return open_ledger(load_service(path, []).ledger_url, create=True)
+
+
+def ask_beside(path: Path, **asked: object) -> int:
+    """The number of a request that comes from another process, by the service file alone."""
+    config = load_service(path, [])
+    config.root.mkdir(exist_ok=True)
+    return add_request(ledger_of(path), NewRequest(**asked), config.requests).number
 
 
 def ask(service: Service, **asked: object) -> int:

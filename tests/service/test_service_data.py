@@ -6,26 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distributed_unlearn.config.service import load_service
-from distributed_unlearn.service.ledger import open_ledger
-from distributed_unlearn.service.requests import NewRequest, add_request, get_request
+from distributed_unlearn.service.requests import get_request
 from distributed_unlearn.service.states import Reason, RequestState
-from tests.service.fake_round import FakeRounds, make_service, one_pass
+from tests.service.fake_round import FakeRounds, ask_beside, ledger_of, make_service, one_pass
 
 
 @pytest.fixture
 def path(tmp_path):
     return make_service(tmp_path)
-
-
-def _ledger(path):
-    return open_ledger(load_service(path, []).ledger_url, create=True)
-
-
-def _ask(path, **asked) -> int:
-    config = load_service(path, [])
-    config.root.mkdir(exist_ok=True)
-    return add_request(_ledger(path), NewRequest(**asked), config.requests).number
 
 
 def _records_without(path: Path, *ids: str) -> None:
@@ -36,14 +24,14 @@ def _records_without(path: Path, *ids: str) -> None:
 
 @pytest.mark.parametrize("asked", [{"record_ids": ("r1", "r3")}, {"subjects": ("p0",)}])
 def test_a_record_that_left_the_data_before_its_round_is_not_called_unknown(path, asked):
-    _ask(path, subjects=("nobody",))
+    ask_beside(path, subjects=("nobody",))
     one_pass(path, FakeRounds())  # which sees the data
     whole = (path.parent / "records.jsonl").read_text()
     _records_without(path, "r1")
-    waiting, other = _ask(path, **asked), _ask(path, record_ids=("r4",))
+    waiting, other = ask_beside(path, **asked), ask_beside(path, record_ids=("r4",))
     rounds = FakeRounds()
     found = one_pass(path, rounds)
-    ledger = _ledger(path)
+    ledger = ledger_of(path)
     assert found.missing == (waiting,) and found.denied == () and rounds.jobs[0].forget.record_ids == ("r4",)
     assert get_request(ledger, waiting).state == RequestState.SCHEDULED
     assert get_request(ledger, other).state == RequestState.ERASED, "nobody else waits"
@@ -54,11 +42,11 @@ def test_a_record_that_left_the_data_before_its_round_is_not_called_unknown(path
 
 
 def test_what_was_erased_and_then_left_the_data_is_known_by_its_subject(path):
-    _ask(path, subjects=("p0",))
+    ask_beside(path, subjects=("p0",))
     one_pass(path, FakeRounds())
     _records_without(path, "r0", "r1", "r2")
-    again = _ask(path, subjects=("p0",))
-    found, request = one_pass(path, FakeRounds()), get_request(_ledger(path), again)
+    again = ask_beside(path, subjects=("p0",))
+    found, request = one_pass(path, FakeRounds()), get_request(ledger_of(path), again)
     assert found.missing == () and (request.state, request.reason) == (RequestState.ERASED, Reason.ALREADY_ERASED)
 
 
@@ -71,9 +59,9 @@ def test_a_record_that_is_dropped_as_too_long_blocks_nobody(path, tiny):
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     lines[1]["answer"] = "a long answer " * 40
     records.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    long, other = _ask(path, record_ids=("r1",)), _ask(path, subjects=("p0",))
+    long, other = ask_beside(path, record_ids=("r1",)), ask_beside(path, subjects=("p0",))
     rounds = FakeRounds()
     found = one_pass(path, rounds)
     assert found.denied == (long,) and rounds.jobs[0].forget.record_ids == ("r0", "r2")
-    assert get_request(_ledger(path), long).reason == Reason.NOT_IN_TRAINING_DATA
-    assert get_request(_ledger(path), other).state == RequestState.ERASED
+    assert get_request(ledger_of(path), long).reason == Reason.NOT_IN_TRAINING_DATA
+    assert get_request(ledger_of(path), other).state == RequestState.ERASED

@@ -27,7 +27,9 @@ from distributed_unlearn.service.verification import verify_ledger
 from tests.cli.command_line import assert_refused, call, succeed
 from tests.service.fake_round import (
     FakeRounds,
+    ask_beside,
     interrupted_after_a_state,
+    ledger_of,
     make_record,
     make_service,
     not_forgotten,
@@ -41,32 +43,22 @@ def path(tmp_path):
     return make_service(tmp_path)
 
 
-def _ledger(path):
-    return open_ledger(load_service(path, []).ledger_url, create=True)
-
-
-def _ask(path, **asked) -> int:
-    config = load_service(path, [])
-    config.root.mkdir(exist_ok=True)
-    return add_request(_ledger(path), NewRequest(**asked), config.requests).number
-
-
 def _verified(path):
-    found = verify_ledger(_ledger(path), load_service(path, []).root, [load_public_key(path.parent / "operator.pub")])
+    found = verify_ledger(ledger_of(path), load_service(path, []).root, [load_public_key(path.parent / "operator.pub")])
     assert found.broken is None
     return found
 
 
 def test_two_rounds_go_on_from_each_other_and_are_published(path, tmp_path):
     rounds, root = FakeRounds(), tmp_path / "service"
-    _ask(path, subjects=("p0",))
-    _ask(path, record_ids=("r4",))
+    ask_beside(path, subjects=("p0",))
+    ask_beside(path, record_ids=("r4",))
     first = one_pass(path, rounds)
     assert first.round.state == RoundState.COMMITTED and first.certificates == (1, 2)
     assert rounds.jobs[0].forget.record_ids == ("r0", "r1", "r2", "r4") and rounds.jobs[0].save.dtype == "float32"
     assert rounds.jobs[0].model.path == str(tmp_path / "model")
     assert (root / "current" / "model.safetensors").read_text().endswith("without r0,r1,r2,r4")
-    _ask(path, subjects=("p1",))
+    ask_beside(path, subjects=("p1",))
     second = one_pass(path, rounds)
     assert rounds.jobs[1].forget.record_ids == ("r3", "r5"), "r4 is erased already"
     assert Path(rounds.jobs[1].model.path).resolve() == (root / "states/round-0001/checkpoint").resolve()
@@ -79,14 +71,14 @@ def test_two_rounds_go_on_from_each_other_and_are_published(path, tmp_path):
 
 def test_requests_that_need_no_round_are_answered_without_one(path):
     rounds = FakeRounds()
-    _ask(path, record_ids=("r0",))
+    ask_beside(path, record_ids=("r0",))
     one_pass(path, rounds)
-    again = _ask(path, record_ids=("r0",))
-    unknown = _ask(path, subjects=("nobody",))
-    held_out = _ask(path, record_ids=("r11",))
-    mixed = _ask(path, record_ids=("nothing", "r1", "r11"))
+    again = ask_beside(path, record_ids=("r0",))
+    unknown = ask_beside(path, subjects=("nobody",))
+    held_out = ask_beside(path, record_ids=("r11",))
+    mixed = ask_beside(path, record_ids=("nothing", "r1", "r11"))
     found = one_pass(path, rounds)
-    ledger = _ledger(path)
+    ledger = ledger_of(path)
     assert found.denied == (unknown, held_out) and rounds.jobs[-1].forget.record_ids == ("r1",)
     states = {
         n: (get_request(ledger, n).state, get_request(ledger, n).reason) for n in (again, unknown, held_out, mixed)
@@ -102,8 +94,8 @@ def test_requests_that_need_no_round_are_answered_without_one(path):
 
 
 def test_every_certificate_verifies_and_says_what_became_of_the_request(path, tmp_path):
-    _ask(path, record_ids=("r0",))
-    _ask(path, subjects=("nobody",))
+    ask_beside(path, record_ids=("r0",))
+    ask_beside(path, subjects=("nobody",))
     one_pass(path, FakeRounds())
     key, folder = load_public_key(tmp_path / "operator.pub"), tmp_path / "service" / "certificates"
     outcomes = {}
@@ -127,10 +119,10 @@ def test_every_certificate_verifies_and_says_what_became_of_the_request(path, tm
     ],
 )
 def test_a_failed_gate_rolls_back_and_says_why(path, tmp_path, record, sentence):
-    number = _ask(path, record_ids=("r0",))
+    number = ask_beside(path, record_ids=("r0",))
     found = one_pass(path, FakeRounds(record))
     assert any(sentence in failed for failed in found.failed_gates)
-    ledger, root = _ledger(path), tmp_path / "service"
+    ledger, root = ledger_of(path), tmp_path / "service"
     assert list_rounds(ledger)[0].state == RoundState.ROLLED_BACK and sentence in list_rounds(ledger)[0].reason
     assert get_request(ledger, number).state == RequestState.SCHEDULED
     assert not (root / "current").exists() and list((root / "states").iterdir()) == []
@@ -156,29 +148,29 @@ def test_gates_can_be_switched_off():
 def test_drift_adds_up_over_committed_rounds_and_recommends_retraining(tmp_path):
     path = make_service(tmp_path, gates={"drift_nats": 0.3})
     for number, recommended in ((0, False), (1, True)):
-        _ask(path, record_ids=(f"r{number}",))
+        ask_beside(path, record_ids=(f"r{number}",))
         found = one_pass(path, FakeRounds(rising(1.2)))
         assert found.drift_nats == pytest.approx(0.2 * (number + 1)) and found.retraining_recommended == recommended
 
 
 def test_a_round_that_ends_with_an_error_is_rolled_back_without_its_text(path):
-    _ask(path, record_ids=("r0",))
+    ask_beside(path, record_ids=("r0",))
 
     def broken(job):
         raise WorkerError("worker 1 with record r0", "x", "y")
 
     with pytest.raises(WorkerError):
         one_pass(path, broken)
-    entry = list_rounds(_ledger(path))[0]
+    entry = list_rounds(ledger_of(path))[0]
     assert entry.state == RoundState.ROLLED_BACK and entry.reason == "the round was interrupted"
     with pytest.raises(SystemExit):
         one_pass(path, lambda job: sys.exit(143))
-    assert [entry.state for entry in list_rounds(_ledger(path))] == [RoundState.ROLLED_BACK] * 2
+    assert [entry.state for entry in list_rounds(ledger_of(path))] == [RoundState.ROLLED_BACK] * 2
     assert one_pass(path, FakeRounds()).round.number == 3
 
 
 def test_what_a_failed_round_wrote_is_removed_at_once(path, tmp_path):
-    _ask(path, record_ids=("r0",))
+    ask_beside(path, record_ids=("r0",))
 
     def broken(job):
         FakeRounds()(job)
@@ -190,17 +182,17 @@ def test_what_a_failed_round_wrote_is_removed_at_once(path, tmp_path):
 
 
 def test_what_was_committed_is_published_before_the_next_round_begins(path, tmp_path):
-    _ask(path, record_ids=("r0",))
+    ask_beside(path, record_ids=("r0",))
     one_pass(path, FakeRounds())
     (tmp_path / "service" / "current").unlink()  # as a kill between commit and publication leaves it
-    _ask(path, record_ids=("r1",))
+    ask_beside(path, record_ids=("r1",))
     with pytest.raises(SystemExit):
         one_pass(path, lambda job: sys.exit(143))
     assert os.readlink(tmp_path / "service" / "current") == "states/round-0001/checkpoint"
 
 
 def test_an_open_round_whose_records_are_gone_is_rolled_back(path, tmp_path):
-    number = _ask(path, record_ids=("r0",))
+    number = ask_beside(path, record_ids=("r0",))
     with pytest.raises(SystemExit):
         one_pass(path, interrupted_after_a_state)
     data = tmp_path / "records.jsonl"
@@ -211,25 +203,25 @@ def test_an_open_round_whose_records_are_gone_is_rolled_back(path, tmp_path):
 
 
 def test_a_round_with_a_state_is_gone_on_with(path):
-    first = _ask(path, record_ids=("r0",))
+    first = ask_beside(path, record_ids=("r0",))
     with pytest.raises(SystemExit):
         one_pass(path, interrupted_after_a_state)
-    assert get_request(_ledger(path), first).state == RequestState.IN_ROUND
-    second, rounds = _ask(path, record_ids=("r1",)), FakeRounds()
+    assert get_request(ledger_of(path), first).state == RequestState.IN_ROUND
+    second, rounds = ask_beside(path, record_ids=("r1",)), FakeRounds()
     found = one_pass(path, rounds)
     assert rounds.jobs[0].resume and rounds.jobs[0].forget.record_ids == ("r0",)
     assert found.round.number == 1 and found.interrupted is None and found.certificates == (first,)
-    assert get_request(_ledger(path), second).state == RequestState.SCHEDULED, "it waits for the next round"
+    assert get_request(ledger_of(path), second).state == RequestState.SCHEDULED, "it waits for the next round"
     assert one_pass(path, rounds).round.number == 2 and not rounds.jobs[1].resume
     _verified(path)
 
 
 def test_a_round_that_is_interrupted_for_ever_is_rolled_back(path):
-    _ask(path, record_ids=("r0",))
+    ask_beside(path, record_ids=("r0",))
     for _ in range(1 + MAX_RESUMPTIONS):
         with pytest.raises(SystemExit):
             one_pass(path, interrupted_after_a_state)
-        assert list_rounds(_ledger(path))[-1].state == RoundState.STARTED
+        assert list_rounds(ledger_of(path))[-1].state == RoundState.STARTED
     found = one_pass(path, FakeRounds())
     assert found.interrupted == 1 and found.round.number == 2
     _verified(path)
@@ -238,11 +230,11 @@ def test_a_round_that_is_interrupted_for_ever_is_rolled_back(path):
 def test_old_states_go_and_the_current_one_stays(tmp_path):
     path = make_service(tmp_path, retention={"keep_states": 2})
     for number in range(4):
-        _ask(path, record_ids=(f"r{number}",))
+        ask_beside(path, record_ids=(f"r{number}",))
         one_pass(path, FakeRounds())
     states = sorted(p.name for p in (tmp_path / "service" / "states").iterdir())
     assert states == ["round-0003", "round-0004"]
-    with _ledger(path).read() as connection:
+    with ledger_of(path).read() as connection:
         events = connection.execute(select(AUDIT.c.event)).scalars().all()
     assert events.count("state_purged") == 2
     _verified(path)
@@ -251,18 +243,18 @@ def test_old_states_go_and_the_current_one_stays(tmp_path):
 def test_states_that_know_what_was_erased_since_go_after_their_time(tmp_path):
     path = make_service(tmp_path, retention={"superseded_days": 0.0})
     for number in range(2):
-        _ask(path, record_ids=(f"r{number}",))
+        ask_beside(path, record_ids=(f"r{number}",))
         one_pass(path, FakeRounds())
     assert [p.name for p in (tmp_path / "service" / "states").iterdir()] == ["round-0002"]
     assert RetentionConfig().superseded_days == 30.0
 
 
 def test_two_passes_at_once_are_refused(path):
-    _ask(path, record_ids=("r0",))
+    ask_beside(path, record_ids=("r0",))
     with opened(load_service(path, [])):
         with pytest.raises(LeaseError):
             one_pass(path, FakeRounds())
-    assert list_rounds(_ledger(path)) == []
+    assert list_rounds(ledger_of(path)) == []
 
 
 @pytest.mark.parametrize(
@@ -291,8 +283,8 @@ def test_an_overdue_request_is_audited_once(tmp_path):
     add_request(past, NewRequest(record_ids=("r0",)), config.requests)
     for _ in range(2):
         one_pass(path, FakeRounds(not_forgotten()))
-    assert list_requests(_ledger(path))[0].status == "expired"
-    with _ledger(path).read() as connection:
+    assert list_requests(ledger_of(path))[0].status == "expired"
+    with ledger_of(path).read() as connection:
         events = connection.execute(select(AUDIT.c.event)).scalars().all()
     assert events.count("request_overdue") == 1
 
@@ -317,7 +309,7 @@ def _assert_nothing_half(path: Path) -> None:
     root = load_service(path, []).root
     _verified(path)
     if (root / "current").is_symlink():
-        committed = {e.folder for e in list_rounds(_ledger(path)) if e.state == RoundState.COMMITTED}
+        committed = {e.folder for e in list_rounds(ledger_of(path)) if e.state == RoundState.COMMITTED}
         assert os.path.dirname(os.readlink(root / "current")) in committed
         assert {p.name for p in (root / "current").iterdir()} == {"model.safetensors", "config.json"}
 
@@ -326,16 +318,20 @@ def _assert_nothing_half(path: Path) -> None:
 def test_a_pass_that_is_killed_at_any_of_its_writes_is_gone_on_with(tmp_path):
     """Each pass is killed one fault point later than the one before, until one lives; then everything is done once."""
     path = make_service(tmp_path, retention={"keep_states": 1})
-    numbers = [_ask(path, record_ids=("r0", "r1")), _ask(path, subjects=("nobody",))]
+    numbers = [ask_beside(path, record_ids=("r0", "r1")), ask_beside(path, subjects=("nobody",))]
     one_pass(path, FakeRounds())  # so that there is a parent, and a state to purge
-    numbers += [_ask(path, record_ids=("r3",)), _ask(path, record_ids=("r0", "r4")), _ask(path, record_ids=("r11",))]
+    numbers += [
+        ask_beside(path, record_ids=("r3",)),
+        ask_beside(path, record_ids=("r0", "r4")),
+        ask_beside(path, record_ids=("r11",)),
+    ]
     kills = 0
     while not _killed_pass(path, kills):
         kills += 1
         _assert_nothing_half(path)
         assert kills < 300
     assert kills > 30, "there are that many points at least"
-    ledger, root = _ledger(path), tmp_path / "service"
+    ledger, root = ledger_of(path), tmp_path / "service"
     assert [get_request(ledger, n).state.value for n in numbers] == ["erased", "denied", "erased", "erased", "denied"]
     with ledger.read() as connection:
         rows = connection.execute(select(ERASED.c.record_id, ERASED.c.request_id).order_by(ERASED.c.record_id)).all()
@@ -353,7 +349,7 @@ def test_a_pass_that_is_killed_at_any_of_its_writes_is_gone_on_with(tmp_path):
 
 def test_a_reader_never_sees_a_mixture(path, tmp_path):
     """A process reads `current` again and again while rounds are committed and published."""
-    _ask(path, record_ids=("r0",))
+    ask_beside(path, record_ids=("r0",))
     one_pass(path, FakeRounds())
     pointer, seen = tmp_path / "service" / "current", tmp_path / "seen"
     child = os.fork()
@@ -368,7 +364,7 @@ def test_a_reader_never_sees_a_mixture(path, tmp_path):
         except BaseException:
             os._exit(3)
     for number in range(1, 4):
-        _ask(path, record_ids=(f"r{number}",))
+        ask_beside(path, record_ids=(f"r{number}",))
         one_pass(path, FakeRounds())
     (tmp_path / "stop").touch()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -380,10 +376,10 @@ def test_a_reader_never_sees_a_mixture(path, tmp_path):
 
 
 def test_status_is_one_screen_about_everything(path, capsys):
-    _ask(path, record_ids=("r0",))
-    _ask(path, subjects=("nobody",))
+    ask_beside(path, record_ids=("r0",))
+    ask_beside(path, subjects=("nobody",))
     one_pass(path, FakeRounds(not_forgotten()))
-    _ask(path, record_ids=("r1",))
+    ask_beside(path, record_ids=("r1",))
     shown = succeed(capsys, ["status", str(path)]).out
     for text in ("1 denied, 1 received, 1 scheduled", "rolled back", "are not forgotten", "not_found", "03:00 UTC"):
         assert text in shown
