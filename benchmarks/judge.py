@@ -1,6 +1,5 @@
 """What the race compares with: the retrained model's distributions on fixed records of one problem."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from distributed_unlearn.data.prepare import PreparedData
 from distributed_unlearn.engine.communicator import RankSpec
 from distributed_unlearn.engine.inputs import NotedLogits
 from distributed_unlearn.engine.model import OpenedModel
+from distributed_unlearn.engine.survey import jensen_shannon
 from distributed_unlearn.engine.worker import Worker
 from distributed_unlearn.evaluation.metrics import score_set, tug_of_war
 from distributed_unlearn.records import SetScores
@@ -89,9 +89,7 @@ def distributions(opened: OpenedModel, corpus: Corpus, indices: np.ndarray) -> t
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
     """Mean over rows of the Jensen-Shannon divergence of two log-distributions, nats."""
-    middle = torch.logaddexp(p, q) - math.log(2)
-    each = ((p.exp() * (p - middle)).sum(1) + (q.exp() * (q - middle)).sum(1)) / 2
-    return float(each.mean())
+    return float(jensen_shannon(p, q).mean())
 
 
 class Judge:

@@ -15,6 +15,7 @@ from distributed_unlearn.evaluation.watch import Unwatched, Watch
 from distributed_unlearn.files import expand_home, write_json, write_text
 from distributed_unlearn.records import to_json
 from distributed_unlearn.records.evaluation import EVALUATION_NAME, EvaluationRecord, read_evaluation
+from distributed_unlearn.report.drawing import numbers_csv
 from distributed_unlearn.report.evaluation import evaluation_lines, evaluation_pictures
 from distributed_unlearn.rounds.folder import claimed, output_folder
 from distributed_unlearn.workers.group import WorkerGroup
@@ -57,9 +58,9 @@ def evaluate_checkpoint(
 
 def _write_pictures(record: EvaluationRecord, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    for picture, numbers in evaluation_pictures(record):
+    for picture in evaluation_pictures(record):
         write_text(folder / f"{picture.name}.svg", picture.svg)
-        write_text(folder / f"{picture.name}.csv", numbers)
+        write_text(folder / f"{picture.name}.csv", numbers_csv(picture))
 
 
 def run_evaluate_command(config: EvaluateConfig, console: Console) -> None:

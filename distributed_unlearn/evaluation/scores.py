@@ -159,7 +159,10 @@ class Scores:
         return {name: len(self._sets[name]) for name in names}
 
     def _priv_leak(self) -> MetricRow:
-        scores = {role: {name: part.min_k for name, part in self._attacks(role).items()} for role in self._surveys}
+        scores = {
+            role: {name: min_k_scores(surveys[name].nll, surveys[name].num_tokens) for name in ("forget", "holdout")}
+            for role, surveys in self._surveys.items()
+        }
         auc, sizes = _AucOf(scores), self._sizes_of("forget", "holdout")
         reference = auc("retrained", {name: np.arange(size) for name, size in sizes.items()})
         return self._bench.rows.of_distance(

@@ -31,8 +31,6 @@ from distributed_unlearn.records.evaluation import EvaluatedModel, EvaluationRec
 from distributed_unlearn.workers.client import Workers
 from distributed_unlearn.workers.group import WorkerGroup
 
-ROLES = ("model", "retrained", "retrained_again")
-
 
 @dataclass(frozen=True, eq=False)
 class PreparedEvaluation:

@@ -74,7 +74,7 @@ class Writing:
     def knowledge(self, subject: Subject, corpus: TokenCorpus, indices: np.ndarray, what: str) -> Floats:
         """F1 of short answers after some examples."""
         settings, limit = self._settings, self._bench.context_length
-        examples = _sample(self._bench.sets["retain"], settings.num_examples)[: settings.num_examples]
+        examples = _sample(self._bench.sets["retain"], settings.num_examples)
         room = None if limit is None else limit - settings.knowledge_tokens
         wanted = knowledge_prompts(corpus, indices, examples, self._tokenizer, room)
         return self._bench.gatherer.continued(

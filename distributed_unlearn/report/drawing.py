@@ -4,6 +4,7 @@ A picture is narrow enough for a phone and its text stays text. With it come a c
 text that says the same in words, and the numbers that it was drawn from.
 """
 
+import csv
 import io
 import math
 from collections.abc import Sequence
@@ -78,6 +79,15 @@ def _svg(figure: Figure) -> str:
     FigureCanvasSVG(figure)  # needs no display and leaves pyplot's global state alone
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "distributed_unlearn"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
+    return buffer.getvalue()
+
+
+def numbers_csv(picture: Picture) -> str:
+    """The numbers that a picture was drawn from, as a CSV file's text."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(picture.header)
+    writer.writerows(picture.rows)
     return buffer.getvalue()
 
 

@@ -1,14 +1,10 @@
 """An evaluation for people: every number beside what it says, and pictures with the numbers they are drawn from."""
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 
-from matplotlib.figure import Figure
-
 from distributed_unlearn.records.evaluation import EvaluationRecord, MetricRow
-from distributed_unlearn.report.drawing import BLUE, GREY, Picture, svg_text, tidy
+from distributed_unlearn.report.drawing import BLUE, GREY, Picture, canvas, svg_text, tidy
 from distributed_unlearn.report.figures import SET_COLOURS
 from distributed_unlearn.report.tables import number
 
@@ -18,7 +14,6 @@ _BETTER = {
     "zero": "0 is best.",
     "reference": "Best is the retrained model's value.",
 }
-_WIDTH, _HEIGHT = 4.0, 2.7  # inches; shown at most about as wide as a phone
 
 
 def evaluation_lines(record: EvaluationRecord) -> list[str]:
@@ -51,18 +46,17 @@ def _columns(label: str, value: str, interval: str, retrained: str, noise: str) 
     return f"  {label:<26}{value:>10}{interval:>24}{retrained:>11}{noise:>10}".rstrip()
 
 
-def evaluation_pictures(record: EvaluationRecord) -> list[tuple[Picture, str]]:
-    """Each picture, and the numbers that it is drawn from as a CSV file's text."""
+def evaluation_pictures(record: EvaluationRecord) -> list[Picture]:
+    """Each with the numbers that it is drawn from."""
     found = [_loss_picture(name, record.loss_quantiles) for name in record.loss_quantiles["model"]]
     if record.depth_by_block:
         found.append(_depth_picture(record.depth_by_block))
     return found
 
 
-def _loss_picture(set_name: str, quantiles: Mapping[str, Mapping[str, tuple[float, ...]]]) -> tuple[Picture, str]:
+def _loss_picture(set_name: str, quantiles: Mapping[str, Mapping[str, tuple[float, ...]]]) -> Picture:
     """How the records' losses are spread, under the model and the retrained ones (Figure 4 of the paper)."""
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas()
     styles = {"model": (BLUE, "-"), "retrained": (GREY, "--"), "retrained_again": (GREY, ":")}
     for role, sets in quantiles.items():
         values = sets[set_name]
@@ -76,24 +70,24 @@ def _loss_picture(set_name: str, quantiles: Mapping[str, Mapping[str, tuple[floa
     axes.legend(frameon=False, fontsize="small")
     middles = {role: number(sets[set_name][len(sets[set_name]) // 2], 3) for role, sets in quantiles.items()}
     words = ", ".join(f"{role.replace('_', ' ')} {value}" for role, value in middles.items())
-    picture = Picture(
+    roles, count = list(quantiles), len(quantiles["model"][set_name])
+    return Picture(
         name=f"losses_{set_name}",
         title=f"Losses of the {set_name} set",
         help="A curve further to the right: the model finds the records harder. Equal curves: both models treat the "
         "records alike.",
         alternative=f"Distribution of the {set_name} records' mean losses; medians in nats per token: {words}.",
         svg=svg_text(figure),
+        header=("share_of_records", *(f"{role}_loss_nats_per_token" for role in roles)),
+        rows=tuple(
+            (index / (count - 1), *(quantiles[role][set_name][index] for role in roles)) for index in range(count)
+        ),
     )
-    roles = list(quantiles)
-    count = len(quantiles["model"][set_name])
-    rows = [[index / (count - 1), *(quantiles[role][set_name][index] for role in roles)] for index in range(count)]
-    return picture, _csv(["share_of_records", *(f"{role}_loss_nats_per_token" for role in roles)], rows)
 
 
-def _depth_picture(by_block: Mapping[str, tuple[float, ...]]) -> tuple[Picture, str]:
+def _depth_picture(by_block: Mapping[str, tuple[float, ...]]) -> Picture:
     """What a linear probe reads from each block."""
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas()
     for name, values in by_block.items():
         axes.plot(range(1, len(values) + 1), values, marker="o", color=SET_COLOURS[name], label=name)
     axes.set_xlabel("block")
@@ -102,23 +96,14 @@ def _depth_picture(by_block: Mapping[str, tuple[float, ...]]) -> tuple[Picture, 
     tidy(axes)
     axes.legend(frameon=False, fontsize="small")
     best = ", ".join(f"{name} {number(max(values), 3)}" for name, values in by_block.items())
-    picture = Picture(
+    names, count = list(by_block), len(next(iter(by_block.values())))
+    return Picture(
         name="depth",
         title="What a simple decoder reads from inside the model",
         help="Forgotten is where the forget set's curve lies on the holdout set's; near the retain set's, the answers "
         "are still inside.",
         alternative=f"Share of answer tokens that a linear probe reads by block; largest: {best}.",
         svg=svg_text(figure),
+        header=("block", *names),
+        rows=tuple((index + 1, *(by_block[name][index] for name in names)) for index in range(count)),
     )
-    names, count = list(by_block), len(next(iter(by_block.values())))
-    return picture, _csv(
-        ["block", *names], [[index + 1, *(by_block[n][index] for n in names)] for index in range(count)]
-    )
-
-
-def _csv(header: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return buffer.getvalue()

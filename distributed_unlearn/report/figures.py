@@ -18,11 +18,11 @@ from distributed_unlearn.report.drawing import (
     BLUE,
     GREEN,
     GREY,
-    HEIGHT,
     ORANGE,
     VERMILION,
     WIDTH,
     Picture,
+    canvas,
     svg_text,
     tidy,
 )
@@ -238,8 +238,7 @@ def _in_words(curve: Curve) -> str:
 
 
 def _draw_panel(steps: Sequence[StepRecord], panel: _Panel) -> Figure:
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas()
     for curve in panel.curves:
         _plot(axes, steps, curve)
     _scale(axes, [value for curve in panel.curves for value in curve[3]])

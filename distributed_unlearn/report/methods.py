@@ -15,7 +15,6 @@ from distributed_unlearn.report.comparison import Spread, spread
 from distributed_unlearn.report.drawing import (
     BLUE,
     GREY,
-    WIDTH,
     Cell,
     Picture,
     canvas,
@@ -316,7 +315,6 @@ def _bars(name: str, title: str, unit: str, help: str, values: Mapping[str, Spre
     axes.set_xlabel(unit, fontsize=9)
     _room(axes, means, logarithmic)
     tidy(axes, grid="x")
-    figure.set_size_inches(WIDTH, figure.get_figheight())
     rows = tuple((label, v.mean, v.deviation, v.low, v.high) for label, v in values.items())
     sentences = "; ".join(f"{label} {number(mean, 3)}" for label, mean in zip(labels, means, strict=True))
     header = ("method", "mean", "standard_deviation", "least", "greatest")

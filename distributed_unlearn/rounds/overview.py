@@ -1,7 +1,5 @@
 """One page about several runs, comparisons and spectra, from what their folders hold; each figure also as data."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from distributed_unlearn.records import RECORD_NAME, RunRecord, SetScores, read_
 from distributed_unlearn.records.comparison import COMPARISON_NAME, Cell, Comparison, read_comparison
 from distributed_unlearn.records.spectrum import SPECTRUM_NAME, SpectrumRecord, read_spectrum
 from distributed_unlearn.report.comparison import HEADER, table_cells
-from distributed_unlearn.report.drawing import Picture
+from distributed_unlearn.report.drawing import Picture, numbers_csv
 from distributed_unlearn.report.losses import loss_pictures
 from distributed_unlearn.report.methods import (
     Course,
@@ -81,11 +79,7 @@ def _write_picture(folder: Path, picture: Picture) -> None:
     for name in ("pictures", "data"):
         (folder / name).mkdir(exist_ok=True)
     write_text(folder / "pictures" / f"{picture.name}.svg", picture.svg)
-    buffer = io.StringIO()
-    lines = csv.writer(buffer, lineterminator="\n")
-    lines.writerow(picture.header)
-    lines.writerows(picture.rows)
-    write_text(folder / "data" / f"{picture.name}.csv", buffer.getvalue())
+    write_text(folder / "data" / f"{picture.name}.csv", numbers_csv(picture))
     tree = {"title": picture.title, "header": picture.header, "rows": picture.rows}
     write_json(folder / "data" / f"{picture.name}.json", to_json(tree))
 
