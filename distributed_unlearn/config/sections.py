@@ -172,6 +172,11 @@ class CurvatureConfig(StrictModel):
     micro_batch_size: int = Field(default=8, ge=1)
     """Records that go through the model at once on one rank. Changes memory and speed, never a result."""
 
+    @property
+    def scoring_batch(self) -> int:
+        """Records that go through the model at once where nothing is differentiated."""
+        return 2 * self.micro_batch_size
+
 
 class ClusterConfig(StrictModel):
     """Where it runs."""

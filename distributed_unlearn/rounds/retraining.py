@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from distributed_unlearn.config import ModelConfig, RetrainConfig, TrainingSettings
+from distributed_unlearn.config import JobConfig, ModelConfig, RetrainConfig, TrainingSettings
 from distributed_unlearn.models.base_of_adapter import model_to_retrain
 from distributed_unlearn.records import RoundRecord
 from distributed_unlearn.rounds.evaluate import Scores
@@ -16,11 +16,8 @@ from distributed_unlearn.workers.messages import TrainingPlan, TrainingSpec
 _LOG = logging.getLogger(__name__)
 
 
-def training_spec(
-    session: Session, model: ModelConfig, settings: TrainingSettings, indices: np.ndarray
-) -> TrainingSpec:
+def training_spec(job: JobConfig, model: ModelConfig, settings: TrainingSettings, indices: np.ndarray) -> TrainingSpec:
     """A training of `model` on some records, as the job's cluster and solver sections have it."""
-    job = session.run.job
     return TrainingSpec(
         model=model,
         train=settings,
@@ -62,7 +59,7 @@ def run_retrained_round(session: Session, task: RoundTask, start: Scores) -> Rou
     assert isinstance(solver, RetrainConfig) and job.data.base_model is not None
     opening, started = open_round(workers, task, start), time.monotonic()
     model = model_to_retrain(job.model, job.data.base_model)
-    plan = workers.begin_retraining(training_spec(session, model, solver, task.retain))
+    plan = workers.begin_retraining(training_spec(session.run.job, model, solver, task.retain))
     losses = train_steps(session, plan)
     workers.finish_retraining()
     reason = f"retrained: {solver.epochs} epoch(s) of {len(task.retain)} retain records, last loss {losses[-1]:.4f}"

@@ -52,11 +52,6 @@ class RoundTask:
         assert isinstance(self.solver, SteppingConfig)
         return self.solver
 
-    @property
-    def scoring_batch(self) -> int:
-        """Records that are scored at once on one rank."""
-        return 2 * self.curvature.micro_batch_size
-
 
 def scored_sets(task: RoundTask) -> dict[str, np.ndarray]:
     """The records that are scored before and after the round, by set; samples of sets larger than the task's limit."""
@@ -78,7 +73,7 @@ def scored_sets(task: RoundTask) -> dict[str, np.ndarray]:
 def score_start(workers: Workers, tasks: Sequence[RoundTask]) -> Scores:
     """Scores of every record that any of a job's rounds scores, at the start of the job."""
     wanted = np.concatenate([indices for task in tasks for indices in scored_sets(task).values()])
-    return score(workers, wanted, 2 * tasks[0].curvature.micro_batch_size)
+    return score(workers, wanted, tasks[0].curvature.scoring_batch)
 
 
 class _Watch:
@@ -130,7 +125,7 @@ class _Watch:
         """Reason to stop after this step, or None; and what was measured: nothing where the weights did not change."""
         measured: dict[str, float] = {}
         distance, retain_loss = None, float("nan")
-        batch = 2 * self._task.curvature.micro_batch_size
+        batch = self._task.curvature.scoring_batch
         skipped = bool((step + 1) % self._task.stepping.stop.check_every_steps)
         if not accepted or (self._holdout_loss is not None and skipped):
             return self._rule.timeout(step, time.monotonic() - self._started), measured
@@ -199,7 +194,7 @@ def open_round(workers: Workers, task: RoundTask, start: Scores) -> Opening:
     """Score what the round scores, where the start of the job has not; see `run_round`."""
     sets = scored_sets(task)
     if task.round_index:
-        before, scores = evaluate_sets(workers, sets, task.scoring_batch)
+        before, scores = evaluate_sets(workers, sets, task.curvature.scoring_batch)
     else:
         before, scores = summarise(sets, start), start
     holdout = summarise({"holdout": sets["holdout"]}, start).get("holdout")
@@ -209,8 +204,8 @@ def open_round(workers: Workers, task: RoundTask, start: Scores) -> Opening:
 def close_round(workers: Workers, task: RoundTask, start: Scores, opening: Opening, done: Changed) -> RoundRecord:
     """Score again and judge."""
     wall_seconds = time.monotonic() - done.started
-    after, now = evaluate_sets(workers, opening.sets, task.scoring_batch)
-    exposure = measure_exposure(workers, opening.sets["forget"], opening.sets["holdout"], task.scoring_batch)
+    after, now = evaluate_sets(workers, opening.sets, task.curvature.scoring_batch)
+    exposure = measure_exposure(workers, opening.sets["forget"], opening.sets["holdout"], task.curvature.scoring_batch)
     return RoundRecord(
         round_index=task.round_index,
         num_forget_records=len(task.forget),
@@ -247,7 +242,7 @@ def run_round(
         ConfigError: a state to go on from that this round does not fit.
         NumericalError: a loss or gradient that is not finite; the weights are those before the step.
     """
-    batch, solver_config = task.scoring_batch, task.stepping
+    batch, solver_config = task.curvature.scoring_batch, task.stepping
     opening = open_round(workers, task, start)
     objective = build_objective(task.objective, opening.holdout_loss)
     retain = drawn_retain_records(objective, solver_config, task.round_index, task.retain)

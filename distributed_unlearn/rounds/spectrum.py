@@ -25,10 +25,11 @@ from distributed_unlearn.records.spectrum import (
 )
 from distributed_unlearn.rounds.origin import model_to_open, redacted_config
 from distributed_unlearn.rounds.preparation import training_records
+from distributed_unlearn.rounds.retraining import training_spec
 from distributed_unlearn.solvers.spectrum import Spectrum, exact_spectrum, lanczos_spectrum, numerical_rank
 from distributed_unlearn.workers.client import RemoteOracle, Workers
 from distributed_unlearn.workers.group import WorkerGroup
-from distributed_unlearn.workers.messages import RoundSpec, TrainingSpec
+from distributed_unlearn.workers.messages import RoundSpec
 
 CUTOFFS = (1e-1, 1e-2, 1e-3, 1e-4)
 RESOLVED = 1e-2
@@ -133,14 +134,7 @@ def _open(workers: Workers, job: JobConfig, data: PreparedData, epoch: int | Non
     if not epoch:
         return facts.num_trainable
     assert job.train is not None
-    spec = TrainingSpec(
-        model=model,
-        train=job.train,
-        indices=training_records(job, data),
-        zero_stage=job.train.stage_in(job.cluster),
-        micro_batch_size=job.curvature.micro_batch_size,
-        seed=job.solver.seed,
-    )
+    spec = training_spec(job, model, job.train, training_records(job, data))
     plan = workers.begin_retraining(spec)  # which gives the trained model the same trainable parameters
     for step in range(plan.num_steps * epoch // job.train.epochs):
         workers.train_step(step)

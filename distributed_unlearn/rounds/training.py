@@ -35,7 +35,7 @@ def train(session: Session) -> RunRecord:
     pending = _write_checkpoint(session, erased, training)
     record = pending.record
     write_record(session.run.folder, record, pending.salt)
-    scores, _ = evaluate_sets(workers, _sets(partition, indices), 2 * job.curvature.micro_batch_size)
+    scores, _ = evaluate_sets(workers, _sets(partition, indices), job.curvature.scoring_batch)
     record = replace(record, training=replace(training, scores=scores))
     write_record(session.run.folder, record, None)  # the salt is there
     return record
@@ -46,7 +46,7 @@ def _take_steps(session: Session, indices: np.ndarray) -> list[float]:
     job, workers = session.run.job, session.workers
     assert job.train is not None
     model = model_to_open(job.model, session.run.data.commit)
-    plan = workers.begin_training(training_spec(session, model, job.train, indices))
+    plan = workers.begin_training(training_spec(job, model, job.train, indices))
     losses = train_steps(session, plan)
     workers.finish_training()
     return losses

@@ -77,7 +77,7 @@ def _score_reference(session: Session) -> dict[str, SetScores] | None:
         model = reference_model(job.model, job.retrained)
         workers.open_model(model, job.model.dtype, job.cluster.zero_stage)
         last = len(data.partition.forget_rounds) - 1
-        return evaluate_sets(workers, _sets(data, last), 2 * job.curvature.micro_batch_size)[0]
+        return evaluate_sets(workers, _sets(data, last), job.curvature.scoring_batch)[0]
 
 
 def _score_base(session: Session) -> PredictionEvidence | None:
@@ -99,7 +99,7 @@ def _score_base(session: Session) -> PredictionEvidence | None:
                 "the checkpoint that was fine-tuned, with the same tokenizer",
                 "correct data.base_model, or take objective.target_from holdout",
             )
-        return evidence(workers, np.concatenate(data.partition.forget_rounds), 2 * job.curvature.micro_batch_size)
+        return evidence(workers, np.concatenate(data.partition.forget_rounds), job.curvature.scoring_batch)
 
 
 def _run_rounds(
@@ -150,7 +150,7 @@ def _unseen(session: Session, base: PredictionEvidence | None) -> Unseen:
     job, holdout = session.run.job, session.run.data.partition.holdout
     if not job.objective.uses_log_odds or not len(holdout):
         return Unseen(base=base)
-    return Unseen(evidence(session.workers, holdout, 2 * job.curvature.micro_batch_size), base)
+    return Unseen(evidence(session.workers, holdout, job.curvature.scoring_batch), base)
 
 
 def _run_round(
