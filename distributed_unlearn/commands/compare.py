@@ -19,7 +19,7 @@ from distributed_unlearn.config.compare import CompareConfig, ComparedMethod
 from distributed_unlearn.errors import ConfigError, NumericalError
 from distributed_unlearn.files import write_json
 from distributed_unlearn.provenance import package_versions
-from distributed_unlearn.records import RunRecord, to_json
+from distributed_unlearn.records import RECORD_NAME, RunRecord, read_record, to_json
 from distributed_unlearn.records.comparison import (
     COMPARISON_FORMAT,
     COMPARISON_NAME,
@@ -47,6 +47,7 @@ from distributed_unlearn.rounds.events import OnStep, OnTrainingStep, Unwatched
 from distributed_unlearn.rounds.folder import claimed, output_folder
 from distributed_unlearn.rounds.origin import redacted_config
 from distributed_unlearn.rounds.overview import write_overview
+from distributed_unlearn.rounds.pending import settle
 from distributed_unlearn.rounds.preparation import prepare_run
 from distributed_unlearn.rounds.session import run_session
 from distributed_unlearn.workers.group import WorkerGroup
@@ -184,6 +185,7 @@ def _train_models(config: CompareConfig, folder: Path, workers: _Workers, consol
         run = replace(run, job=job.model_copy(update={"output": str(place)}), folder=place)
         with claimed(place):
             record = run_session(workers.group(), run, bars)
+            settle(place)
         print_line(console, f"{name}: trained in {time.monotonic() - started:.1f} s")
         return place, record
 
@@ -257,13 +259,16 @@ def _run_cell(
         if found is not None:
             return found, False
         try:
-            record = run_session(workers.group(), going_on(run), bars)
+            record = (
+                read_record(output / RECORD_NAME) if run.is_done else run_session(workers.group(), going_on(run), bars)
+            )
             cell = cell_of(record, method.label, seed, place, models.references)
         except (NumericalError, ConfigError) as error:
             # A method that diverges, or that does not fit the model, is a row of the table and not its end.
             workers.close()
             cell = failed_cell(method.label, seed, place, f"{error.kind}: {error.got}")
         write_cell(output, cell, sha256)
+        settle(output)
         return cell, True
 
 

@@ -4,11 +4,12 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from distributed_unlearn.config import JobConfig
 from distributed_unlearn.data.prepare import PreparedData
+from distributed_unlearn.errors import LedgerError
 from distributed_unlearn.logs import log_event
 from distributed_unlearn.records import RoundRecord, StepRecord
 from distributed_unlearn.rounds.events import OnStep, OnTrainingStep, RunEvents
@@ -97,7 +98,8 @@ class ObservedEvents:
         metrics, now = self._metrics(), time.monotonic()
         if metrics is not None and self._queue is not None and now - self._queue_told >= QUEUE_SECONDS:
             self._queue_told = now
-            metrics.queue(*self._queue())
+            with suppress(LedgerError):  # it may come back; a gauge must not end a round
+                metrics.queue(*self._queue())
 
     def round_ended(self, record: RoundRecord) -> None:
         """How it ended, in numbers."""

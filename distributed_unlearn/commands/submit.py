@@ -233,9 +233,11 @@ def _submit(
     attempt = 1
     while True:
         name = base if attempt == 1 else f"{base}-{attempt}"
-        with _work(name, prepared, environment, arguments) as work:
-            submitted = server.submit(name, work)
-        state = _known(server, name)
+        state, submitted = server.find(name), False
+        if state is None:  # looked at first: another job's file in the job folder must stay as it is
+            with _work(name, prepared, environment, arguments) as work:
+                submitted = server.submit(name, work)
+            state = _known(server, name)
         if state.digest != prepared.digest:
             raise RequestError(
                 f"job id '{name}', which another job has",
