@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from distributed_unlearn.commands.observed_events import ObservedEvents
+from distributed_unlearn.errors import LedgerError
 from distributed_unlearn.logs import PACKAGE, JsonLines, log_event, use_json_lines
 from distributed_unlearn.records import StepRecord
 from distributed_unlearn.rounds.events import Unwatched
@@ -69,6 +70,17 @@ STEP = StepRecord(
     *(0, 2.5, 1.0, 0.25, 1.25, 10.0, 0.1, None, None, 0.01, None, None, None),
     *(True, 0, 2, 7, "CONVERGED", 3.5),
 )
+
+
+def test_a_ledger_that_is_away_for_a_moment_ends_no_round():
+    def away() -> tuple[int, float | None]:
+        raise LedgerError("no answer", "a database", "start it")
+
+    observed, metrics = ObservedEvents(Unwatched(), away), _Metrics()
+    observed._found = metrics  # type: ignore[assignment]  # in the place of Ray's
+    with observed.round(1, 2, 5) as tell:
+        tell(STEP, {})
+    assert [what for what, *_ in metrics.told] == ["step", "phase"]
 
 
 def test_metrics_and_logs_are_told_what_the_console_is_told(lines):

@@ -89,6 +89,7 @@ def test_a_killed_comparison_goes_on_where_it_was(compared):
     assert [name.split("_")[0] for name in first[:5]] == ["models/original"] + 4 * ["models/retrained"]
     cells = [f"runs/{name}/seed_{seed}" for seed in (0, 1) for name in ("cubic-steps", "sgd-fast", "pinv")]
     assert first[5:] == cells[:3] and second == cells[3:]
+    assert not list(compared.rglob(".result.json")), "what the next start would need, with a salt; all is written"
 
 
 def test_a_comparison_holds_every_cell_and_its_distance_to_the_reference_of_its_round(compared):

@@ -81,6 +81,14 @@ def test_the_same_job_again_is_taken_up_and_another_is_another(server, submit, t
 def test_an_id_says_one_job(server, submit):
     assert submit("--id", "round-1").code == 0
     assert_refused(submit("output=/shared/other", "--id", "round-1"), 12, "request", "which another job has")
+
+
+def test_the_file_of_another_job_with_this_id_stays_as_it_is(server, submit, tmp_path):
+    where = ("--id", "round-1", "--job-folder", str(tmp_path / "shared"))
+    assert submit(*where).code == 0
+    before = (tmp_path / "shared" / "round-1.yaml").read_bytes()
+    assert_refused(submit("output=/shared/other", *where), 12, "request", "which another job has")
+    assert (tmp_path / "shared" / "round-1.yaml").read_bytes() == before
     assert len(server.submissions) == 1
 
 
