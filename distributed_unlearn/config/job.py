@@ -54,9 +54,10 @@ class JobConfig(StrictModel):
         if not isinstance(solver, dict) or not isinstance(objective, dict) or "name" in objective:
             return tree
         method = solver.get("method")
-        if method in (*method_names(PublishedConfig), "scrub", "rmu"):
-            name = "retain" if method == "gradient_descent" else method
-            return {**tree, "objective": {**objective, "name": name}}
+        for kind in (PublishedConfig, ScrubConfig, RmuConfig):
+            if method in method_names(kind):
+                name = kind.model_construct(method=method).objective_name
+                return {**tree, "objective": {**objective, "name": name}}
         return tree
 
     @model_validator(mode="after")

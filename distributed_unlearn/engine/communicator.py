@@ -7,10 +7,13 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class Communicator:
         found: list[object] = [None] * self.world_size
         dist.all_gather_object(found, value)
         return found
+
+    def gather_parts(self, parts: list[Part]) -> list[Part]:
+        """Every rank's parts in rank order, on every rank; small objects only. All ranks must call this."""
+        return [part for of_rank in self.gather_objects(parts) for part in of_rank]  # type: ignore[attr-defined]
 
     def barrier(self) -> None:
         """Wait for all ranks; what they wrote before it is there afterwards. All ranks must call this."""

@@ -49,8 +49,7 @@ def gather_evidence(opened: OpenedModel, corpus: Corpus, indices: Indices, micro
     pieces = scoring_micro_batches(corpus, indices, communicator.rank, communicator.world_size, micro_batch_size)
     for start in range(0, len(pieces), MICRO_BATCHES_PER_PASS):
         parts.extend(_evidence_of(opened, corpus, pieces[start : start + MICRO_BATCHES_PER_PASS]))
-    gathered = [part for of_rank in communicator.gather_objects(parts) for part in of_rank]  # type: ignore[attr-defined]
-    return PredictionEvidence.joined(gathered)
+    return PredictionEvidence.joined(communicator.gather_parts(parts))
 
 
 def _evidence_of(opened: OpenedModel, corpus: Corpus, pieces: list[Indices]) -> list[PredictionEvidence]:

@@ -35,8 +35,7 @@ def generate(opened: OpenedModel, prompts: TokenRows, spec: GreedySpec) -> Token
         while not communicator.all_true(writer.ended):
             writer.write()
         found.extend(zip(chosen.tolist(), writer.written, strict=False))
-    gathered = [part for of_rank in communicator.gather_objects(found) for part in of_rank]  # type: ignore[attr-defined]
-    return TokenRows.of([written for _, written in sorted(gathered)])
+    return TokenRows.of([written for _, written in sorted(communicator.gather_parts(found))])
 
 
 def _takes_cache(opened: OpenedModel) -> bool:

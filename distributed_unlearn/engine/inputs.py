@@ -85,8 +85,8 @@ class MicroBatchLoss:
     def _by_record(self, predictions: Predictions) -> Tensor:
         """In float64 from the logits on: the rounding of sums does not enter differences of two calls."""
         with torch.no_grad():
-            alone = [predictions.alone(record) for record in range(self._batch.num_rows)]
-            return torch.stack([self._objective(each, self._totals) for each in alone])
+            rows = range(self._batch.num_rows)  # one record's rows in float64 at a time
+            return torch.stack([self._objective(predictions.alone(row), self._totals) for row in rows])
 
 
 class NotedLogits:

@@ -98,7 +98,7 @@ class MinibatchObjective:
         With `by_role` no micro-batch of the gradient minibatch mixes forget and retain records.
         """
         self._linearisations = []
-        self._records_at_start = self._rest_at_start = None
+        self._records_at_start = self._records_now = self._rest_at_start = None
         solver, minibatch = self._spec.solver, self._records_of(step_index)
         if self.last_seen is not None:
             self._constants = self.last_seen.constants()
@@ -298,9 +298,8 @@ class MinibatchObjective:
         for micro in self._batches.gradient_batches:
             assert micro.loss.log_odds is not None
             seen.append((micro.records, micro.loss.log_odds.double().cpu().numpy()))
-        for of_rank in self._opened.communicator.gather_objects(seen):
-            for records, log_odds in of_rank:  # type: ignore[attr-defined]
-                self.last_seen.note(records, self._corpus.num_answer_tokens(records), log_odds)
+        for records, log_odds in self._opened.communicator.gather_parts(seen):
+            self.last_seen.note(records, self._corpus.num_answer_tokens(records), log_odds)
 
     def _note_start(self, batches: list[MicroBatch], together: int) -> None:
         """Logits at the round's start, once for each micro-batch and where they are read. All ranks must call this."""

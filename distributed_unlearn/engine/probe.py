@@ -21,6 +21,7 @@ from distributed_unlearn.data.batches import Corpus, PredictionBatch
 from distributed_unlearn.engine.inputs import NotedLogits, scoring_micro_batches
 from distributed_unlearn.engine.model import OpenedModel
 from distributed_unlearn.errors import ModelError
+from distributed_unlearn.objectives.constants import ragged_rows
 from distributed_unlearn.workers.messages import Indices
 from distributed_unlearn.workers.survey import ProbeHits, ProbeSpec
 
@@ -41,13 +42,11 @@ def probe(opened: OpenedModel, corpus: Corpus, spec: ProbeSpec) -> ProbeHits:
     for chosen, batch, hidden in _hidden_states(opened, corpus, spec.tried_on, spec.micro_batch_size):
         found = [classes[(h @ w).argmax(1)] == batch.labels for h, w in zip(hidden, weights, strict=True)]
         parts.append((chosen, corpus.num_answer_tokens(chosen), torch.stack(found).cpu().numpy()))
-    gathered = [part for of_rank in opened.communicator.gather_objects(parts) for part in of_rank]  # type: ignore[attr-defined]
-    by_record: dict[int, np.ndarray] = {}
-    for indices, counts, hits in gathered:
-        cuts = np.cumsum(counts)[:-1]
-        by_record.update(zip(indices.tolist(), np.split(hits, cuts, axis=1), strict=False))
-    order = np.array(sorted(by_record), dtype=np.int64)
-    return ProbeHits(order, corpus.num_answer_tokens(order), np.concatenate([by_record[i] for i in order], axis=1))
+    gathered = opened.communicator.gather_parts(parts)
+    indices, counts = (np.concatenate([part[index] for part in gathered]) for index in (0, 1))
+    order = np.argsort(indices, kind="stable")
+    hits = np.concatenate([part[2] for part in gathered], axis=1)[:, ragged_rows(counts, order)]
+    return ProbeHits(indices[order], counts[order], hits)
 
 
 def _fit(opened: OpenedModel, corpus: Corpus, spec: ProbeSpec) -> list[Tensor]:

@@ -93,8 +93,7 @@ def gather_survey(
     step = MICRO_BATCHES_PER_PASS if reference is None else 1
     for start in range(0, len(pieces), step):
         parts.extend(_survey_of(opened, corpus, pieces[start : start + step], reference))
-    gathered = [part for of_rank in communicator.gather_objects(parts) for part in of_rank]  # type: ignore[attr-defined]
-    return Survey.joined(gathered)
+    return Survey.joined(communicator.gather_parts(parts))
 
 
 def _survey_of(
