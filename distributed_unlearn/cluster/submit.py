@@ -5,6 +5,7 @@ a submission and its answer: so every submission has an id, and whoever is unsur
 """
 
 import asyncio
+import logging
 import os
 import re
 import time
@@ -22,6 +23,8 @@ from ray.job_submission import JobSubmissionClient
 
 from distributed_unlearn.errors import ConfigError, ResourceError, WorkerError
 
+RAY_LOGGERS = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""The last two set a level of their own, at which they tell of every package."""
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 REQUEST_SECONDS = 60.0
 """For one answer; a head that places workers may take half of it."""
@@ -115,6 +118,8 @@ class JobServer:
             tell: Is told of lost connections and of states.
         """
         self._address, self._patience, self._tell = _checked(address), patience_seconds, tell
+        for logger in RAY_LOGGERS:  # as in a session of ours: packages are no news to the user
+            logging.getLogger(logger).setLevel(logging.ERROR)
         os.environ[ADDRESS_VARIABLE] = self._address  # Ray lets the variable win over the argument
         try:
             self._client = _Client(self._address)
